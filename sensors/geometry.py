@@ -1,0 +1,136 @@
+"""Rigid transforms, pose interpolation and camera models. numpy only; transforms are float64 (4,4) named ``target_from_source``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensors.records import Camera, RecordError, Trajectory
+
+Array = NDArray[Any]
+
+
+def inverse(target_from_source: Array) -> Array:
+    """source_from_target of rigid transforms (..., 4, 4)."""
+    rotation = np.swapaxes(target_from_source[..., :3, :3], -1, -2)
+    out = np.zeros_like(target_from_source)
+    out[..., :3, :3] = rotation
+    out[..., :3, 3] = -(rotation @ target_from_source[..., :3, 3, None])[..., 0]
+    out[..., 3, 3] = 1
+    return out
+
+
+def transform_points(target_from_source: Array, points: Array) -> Array:
+    """points (N,3) of the source frame in the target frame; computed in float64, returned in the points' dtype."""
+    return (points.astype(np.float64) @ target_from_source[:3, :3].T + target_from_source[:3, 3]).astype(points.dtype)
+
+
+def rotation_z(yaw_rad: float) -> Array:
+    """4x4 rotation about z, counter-clockwise seen from above."""
+    c, s = np.cos(yaw_rad), np.sin(yaw_rad)
+    return np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+
+
+def from_rotation_translation(rotation: Array, translation: Array) -> Array:
+    """4x4 of a (3,3) rotation and a (3,) translation."""
+    out = np.eye(4)
+    out[:3, :3], out[:3, 3] = rotation, np.asarray(translation, np.float64).reshape(3)
+    return out
+
+
+def rotation_from_quaternion(wxyz: Array) -> Array:
+    """Rotation matrices (...,3,3) of quaternions (...,4) in wxyz order; they are normalised, and a zero one is refused."""
+    q = np.asarray(wxyz, np.float64)
+    norm = np.linalg.norm(q, axis=-1, keepdims=True)
+    if not np.isfinite(q).all() or (norm < 1e-6).any():
+        raise RecordError("quaternion: zero or not finite; drop this pose or calibration in the adapter")
+    w, x, y, z = np.moveaxis(q / norm, -1, 0)
+    rows = (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+            2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+            2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y))  # fmt: skip
+    return np.stack(rows, -1).reshape(*w.shape, 3, 3)
+
+
+def quaternion_from_rotation(rotation: Array) -> Array:
+    """wxyz quaternions (...,4), w >= 0, of rotation matrices (...,3,3)."""
+    from scipy.spatial.transform import Rotation
+
+    flat = Rotation.from_matrix(np.reshape(rotation, (-1, 3, 3))).as_quat()[:, [3, 0, 1, 2]]
+    flat = np.where(flat[:, :1] < 0, -flat, flat)
+    return flat.reshape(*rotation.shape[:-2], 4)
+
+
+def _log_so3(rotation: Array) -> Array:
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_matrix(rotation).as_rotvec()
+
+
+def _exp_so3(vector: Array) -> Array:
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_rotvec(vector).as_matrix()
+
+
+def pose_at(trajectory: Trajectory, stamps_ns: Array, max_extrapolation_s: float = 0.1) -> Array:
+    """world_from_ego (N,4,4) at stamps_ns (N,): rotation along the geodesic, translation linear between the two poses around each stamp.
+
+    Beyond an end the last motion is continued for at most max_extrapolation_s; farther away raises RecordError (a log of one pose is
+    extended as standing still)."""
+    stamps = np.atleast_1d(np.asarray(stamps_ns, np.int64))
+    known, poses = trajectory.stamps_ns, trajectory.world_from_ego
+    slack_ns = int(max_extrapolation_s * 1e9)
+    outside = (stamps < known[0] - slack_ns) | (stamps > known[-1] + slack_ns)
+    if outside.any():
+        raise RecordError(f"pose at {int(stamps[outside][0])} ns: the trajectory covers {int(known[0])}..{int(known[-1])} ns; cut the clip there")
+    if len(known) == 1:
+        return np.repeat(poses, len(stamps), axis=0)
+    left = np.clip(np.searchsorted(known, stamps, side="right") - 1, 0, len(known) - 2)
+    share = (stamps - known[left]) / (known[left + 1] - known[left])
+    out = np.tile(np.eye(4), (len(stamps), 1, 1))
+    start, end = poses[left], poses[left + 1]
+    step = _log_so3(np.swapaxes(start[:, :3, :3], 1, 2) @ end[:, :3, :3])
+    out[:, :3, :3] = start[:, :3, :3] @ _exp_so3(step * share[:, None])
+    out[:, :3, 3] = start[:, :3, 3] + share[:, None] * (end[:, :3, 3] - start[:, :3, 3])
+    return out
+
+
+def project(camera: Camera, points: Array, min_depth: float = 0.1) -> tuple[Array, Array, Array]:
+    """Project points (N,3) of the camera frame: pixels (N,2), depth (N,) = z, and a mask of those in front and inside the image.
+
+    Distortion parameters, by model: ``brown_conrady`` k1 k2 p1 p2 k3 (OpenCV's order; fewer are padded with 0);
+    ``kannala_brandt`` k1 k2 k3 k4 on the angle (OpenCV's fisheye); ``mei`` xi k1 k2 p1 p2 (Mei & Rives 2007, as in KITTI-360)."""
+    p = np.asarray(points, np.float64)
+    depth = p[:, 2]
+    radius = np.linalg.norm(p, axis=1)
+    d = np.zeros(5)
+    d[: min(5, len(camera.distortion))] = camera.distortion[:5]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if camera.model == "mei":
+            # the unified model sees beyond 90 degrees: a point counts while its image on the shifted sphere is in front
+            front = depth / radius + d[0]
+            ok = (radius > min_depth) & (front > 0.05)
+            x, y = p[:, 0] / radius / front, p[:, 1] / radius / front
+            k1, k2, p1, p2, k3 = d[1], d[2], d[3], d[4], 0.0
+        else:
+            ok = depth > min_depth
+            x, y = p[:, 0] / depth, p[:, 1] / depth
+            k1, k2, p1, p2, k3 = d
+        if camera.model == "kannala_brandt":
+            r = np.hypot(x, y)
+            angle = np.arctan(r)
+            a2 = angle * angle
+            scaled = angle * (1 + a2 * (d[0] + a2 * (d[1] + a2 * (d[2] + a2 * d[3]))))
+            factor = np.where(r > 1e-9, scaled / np.maximum(r, 1e-12), 1.0)
+            x, y = x * factor, y * factor
+        elif camera.model in ("brown_conrady", "mei"):
+            r2 = x * x + y * y
+            radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
+            x, y = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x), y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
+        k = camera.k_px
+        u = k[0, 0] * x + k[0, 1] * y + k[0, 2]
+        v = k[1, 1] * y + k[1, 2]
+        ok = ok & (u >= -0.5) & (v >= -0.5) & (u < camera.width - 0.5) & (v < camera.height - 0.5)
+    return np.stack((u, v), 1), depth, ok

@@ -1,0 +1,103 @@
+"""Rays: what is asked of a forecast, and what the past had to say.
+
+`History` is everything a method may look at: the past sweeps of a clip, brought into the ego frame of t = 0. `Rays` is what it is asked
+for: directions from where the sensor will be. That a return exists on a ray is known to the asker (the truth's directions are given);
+where it lies is what has to be said.
+
+Points stay as recorded unless a sweep was deskewed; the origin of a ray is the sensor at the sweep's stamp.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensors.geometry import inverse, transform_points
+from sensors.records import Clip, Frame, Log, Sweep
+
+Array = NDArray[Any]
+
+MIN_RANGE_M, MAX_RANGE_M = 2.0, 56.0
+RAYS_PER_SWEEP = 16384
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """The past of a clip, oldest sweep first. points[i] (N_i,3) f32 and intensity[i] (N_i,) in the ego frame of t = 0; times_s (T,) <= 0;
+    present_from_sensor (T,4,4): where the sensor was. memo keeps what several methods derive from it (views, motion)."""
+
+    points: tuple[Array, ...]
+    intensity: tuple[Array, ...]
+    times_s: Array
+    present_from_sensor: Array
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: object, make: Callable[[], Any]) -> Any:
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Rays:
+    """Rays of one instant: horizon_s after t = 0; present_from_sensor (4,4); directions (R,3) f32, unit vectors in the frame of the sensor
+    *then*; and the truth: ranges (R,) f32, intensity (R,) f32, index (R,) i64 of the return in its sweep."""
+
+    horizon_s: float
+    present_from_sensor: Array
+    directions: Array
+    ranges: Array
+    intensity: Array
+    index: Array
+
+
+def inside_box(points: Array, box: tuple[float, ...]) -> Array:
+    """(N,) bool: points (N,3) within (xmin, ymin, zmin, xmax, ymax, zmax)."""
+    low, high = np.asarray(box[:3], points.dtype), np.asarray(box[3:], points.dtype)
+    return ((points >= low) & (points <= high)).all(axis=1)
+
+
+def _kept(log: Log, lidar: str, sweep: Sweep) -> tuple[Array, Array, Array]:
+    """Indices, points and ranges (in the sensor's frame) of a sweep's returns that are not of the ego vehicle."""
+    own = inside_box(transform_points(log.lidars[lidar].ego_from_lidar, sweep.points), log.ego_box)
+    index = np.flatnonzero(~own)
+    points = sweep.points[index]
+    return index, points, np.sqrt((points.astype(np.float64) ** 2).sum(1)).astype(np.float32)
+
+
+def history_of(clip: Clip) -> History:
+    """The past sweeps of a clip in the ego frame of t = 0, the ego vehicle's own returns removed."""
+    log, lidar = clip.log, clip.lidar
+    present_from_world = inverse(clip.past[-1].world_from_ego)
+    points, intensity, poses = [], [], []
+    for frame in clip.past:
+        present_from_sensor = present_from_world @ frame.world_from_ego @ log.lidars[lidar].ego_from_lidar
+        sweep = log.read_sweep(lidar, frame.sweep_index)
+        index, kept, _ = _kept(log, lidar, sweep)
+        points.append(transform_points(present_from_sensor, kept))
+        intensity.append(sweep.intensity[index])
+        poses.append(present_from_sensor)
+    times = np.array([(frame.stamp_ns - clip.stamp_ns) / 1e9 for frame in clip.past])
+    return History(tuple(points), tuple(intensity), times, np.stack(poses))
+
+
+def rays_of(clip: Clip, frame: Frame, count: int | None = RAYS_PER_SWEEP, seed: int = 0) -> Rays:
+    """The returns of one frame (of the future or of t = 0) as rays with their truth: range 2..56 m from the sensor at the stamp, the ego
+    vehicle's returns removed. count rays are drawn by (seed, log, stamp), the same for every method; None takes all, in recorded order."""
+    log, lidar = clip.log, clip.lidar
+    sweep = log.read_sweep(lidar, frame.sweep_index)
+    index, points, ranges = _kept(log, lidar, sweep)
+    inside = (ranges >= MIN_RANGE_M) & (ranges <= MAX_RANGE_M)
+    index, points, ranges = index[inside], points[inside], ranges[inside]
+    if count is not None and len(index) > count:
+        key = (seed, zlib.crc32(log.id.encode()), frame.stamp_ns)
+        drawn = np.sort(np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).choice(len(index), count, replace=False))
+        index, points, ranges = index[drawn], points[drawn], ranges[drawn]
+    present_from_sensor = inverse(clip.past[-1].world_from_ego) @ frame.world_from_ego @ log.lidars[lidar].ego_from_lidar
+    directions = (points / ranges[:, None]).astype(np.float32)
+    return Rays((frame.stamp_ns - clip.stamp_ns) / 1e9, present_from_sensor, directions, ranges, sweep.intensity[index], index)

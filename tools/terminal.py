@@ -1,0 +1,63 @@
+"""What the commands share on the terminal: tables on stdout, progress with rate and time left on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Report = Callable[[int, int, str], None]
+
+
+def reporter(what: str) -> Report:
+    """A function of (done, total, text): one live line on a terminal, otherwise a line every ten seconds."""
+    start = time.monotonic()
+    state = {"last": 0.0, "width": 0}
+    live = sys.stderr.isatty()
+
+    def report(done: int, total: int, text: str = "") -> None:
+        now = time.monotonic()
+        if done < total and now - state["last"] < (0.2 if live else 10.0):
+            return
+        state["last"] = now
+        elapsed = max(now - start, 1e-9)
+        left = (total - done) * elapsed / done if done else float("nan")
+        line = f"{what}: {done}/{total}, {done / elapsed:.2f}/s, {left:.0f} s left" if done < total else f"{what}: {done} in {elapsed:.1f} s"
+        line = f"{line}  {text}" if text else line
+        if live:
+            print("\r" + line.ljust(state["width"])[:200], end="\n" if done >= total else "", file=sys.stderr, flush=True)
+            state["width"] = len(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    return report
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout; numbers are right-aligned; a cell is text already formatted by the caller."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", show_edge=False, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False).print(table)
+
+
+def print_json(command: str, **fields: Any) -> None:
+    """One JSON object on stdout: schema_version, command, and the fields given (no NaN: null)."""
+    print(json.dumps({"schema_version": 1, "command": command, **_finite(fields)}, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

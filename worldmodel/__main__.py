@@ -1,0 +1,7 @@
+"""`python -m worldmodel` is `wm`."""
+
+import sys
+
+from worldmodel.tools.cli import main
+
+sys.exit(main())
