@@ -1,0 +1,258 @@
+"""What a sweep says about a direction: the readings around a ray, as seen from any point.
+
+A `View` sorts the points of one sweep, already in the frame of the asking sensor, into cells of azimuth and elevation. Against it a ray
+can ask for the reading nearest in angle (exact, however far), for the nearest reading in each of the four quadrants around it, for the
+value interpolated between those (bilinear in inverse range: planes are linear in 1/r), and for the reading of its pixel.
+
+All of it is float32 and deterministic: ties go to the point that comes first in the sweep's order within a cell.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+AZIMUTH_CELLS = 1024
+ELEVATION_STEP_RAD = float(np.deg2rad(0.5))
+# half-width of the quadrant search, in cells: +-0.9 deg of azimuth and +-2.5 elevation steps
+REACH = 2
+MAX_RINGS = 24
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sort_into_cells(points, n_elevation, step_elevation):
+    n = points.shape[0]
+    cells = AZIMUTH_CELLS * n_elevation
+    start = np.zeros(cells + 1, np.int32)
+    azimuth = np.empty(n, np.float32)
+    elevation = np.empty(n, np.float32)
+    radius = np.empty(n, np.float32)
+    cell = np.empty(n, np.int32)
+    per_azimuth = np.float32(AZIMUTH_CELLS / (2.0 * np.pi))
+    for i in range(n):
+        x, y, z = points[i, 0], points[i, 1], points[i, 2]
+        r = np.sqrt(x * x + y * y + z * z)
+        if not (r > np.float32(1e-3) and r < np.float32(1e6)):
+            cell[i] = -1
+            continue
+        a = np.float32(np.arctan2(y, x))
+        e = np.float32(np.arctan2(z, np.sqrt(x * x + y * y)))
+        column = int((a + np.float32(np.pi)) * per_azimuth) % AZIMUTH_CELLS
+        row = int((e + np.float32(np.pi / 2)) / np.float32(step_elevation))
+        row = min(max(row, 0), n_elevation - 1)
+        azimuth[i], elevation[i], radius[i] = a, e, r
+        cell[i] = row * AZIMUTH_CELLS + column
+        start[cell[i] + 1] += 1
+    for c in range(cells):
+        start[c + 1] += start[c]
+    kept = start[cells]
+    order = np.empty(kept, np.int32)
+    s_azimuth = np.empty(kept, np.float32)
+    s_elevation = np.empty(kept, np.float32)
+    s_radius = np.empty(kept, np.float32)
+    fill = start[:-1].copy()
+    for i in range(n):
+        if cell[i] >= 0:
+            at = fill[cell[i]]
+            fill[cell[i]] = at + 1
+            order[at], s_azimuth[at], s_elevation[at], s_radius[at] = i, azimuth[i], elevation[i], radius[i]
+    return start, order, s_azimuth, s_elevation, s_radius
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _turn(angle):
+    """An angle difference brought into -pi..pi."""
+    if angle > np.float32(np.pi):
+        return angle - np.float32(2 * np.pi)
+    if angle < np.float32(-np.pi):
+        return angle + np.float32(2 * np.pi)
+    return angle
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _chord2(azimuth_a, elevation_a, azimuth_b, elevation_b):
+    """Squared chord between two unit vectors, from small differences (haversine), so that float32 keeps its digits."""
+    half_e = np.sin((elevation_a - elevation_b) * np.float32(0.5))
+    half_a = np.sin((azimuth_a - azimuth_b) * np.float32(0.5))
+    return half_e * half_e + np.cos(elevation_a) * np.cos(elevation_b) * half_a * half_a
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _nearest(directions, start, order, azimuth, elevation, radius, n_elevation, step_elevation, out_range, out_angle, out_index):
+    step_azimuth = np.float32(2 * np.pi / AZIMUTH_CELLS)
+    kept = order.shape[0]
+    for i in range(directions.shape[0]):
+        x, y, z = directions[i, 0], directions[i, 1], directions[i, 2]
+        a = np.float32(np.arctan2(y, x))
+        e = np.float32(np.arctan2(z, np.sqrt(x * x + y * y)))
+        column = int((a + np.float32(np.pi)) / step_azimuth) % AZIMUTH_CELLS
+        row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
+        best, best_at = np.float32(np.inf), -1
+        cos_e = np.cos(e)
+        ring = 0
+        while ring <= MAX_RINGS:
+            for dr in range(-ring, ring + 1):
+                r = row + dr
+                if r < 0 or r >= n_elevation:
+                    continue
+                step = 1 if (dr == -ring or dr == ring) else 2 * ring
+                for dc in range(-ring, ring + 1, max(step, 1)):
+                    c = r * AZIMUTH_CELLS + (column + dc) % AZIMUTH_CELLS
+                    for at in range(start[c], start[c + 1]):
+                        d = _chord2(a, e, azimuth[at], elevation[at])
+                        if d < best or (d == best and order[at] < order[best_at]):
+                            best, best_at = d, at
+            # whatever is not yet looked at is at least this far: in elevation, or beyond a meridian
+            away_e = np.float32(ring) * np.float32(step_elevation)
+            away_a = np.float32(ring) * step_azimuth
+            sin_a = cos_e * np.sin(away_a)
+            bound = min(np.sin(away_e * np.float32(0.5)) ** 2, np.sin(np.arcsin(sin_a) * np.float32(0.5)) ** 2)
+            if best_at >= 0 and best <= bound:
+                break
+            ring += 1
+        if ring > MAX_RINGS:
+            best, best_at = np.float32(np.inf), -1
+            for at in range(kept):
+                d = _chord2(a, e, azimuth[at], elevation[at])
+                if d < best or (d == best and order[at] < order[best_at]):
+                    best, best_at = d, at
+        if best_at >= 0:
+            out_range[i] = radius[best_at]
+            out_angle[i] = np.float32(2) * np.arcsin(min(np.sqrt(best), np.float32(1)))
+            out_index[i] = order[best_at]
+        else:
+            out_range[i], out_angle[i], out_index[i] = np.nan, np.nan, -1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _quadrants(directions, start, order, azimuth, elevation, radius, n_elevation, step_elevation, out_range, out_daz, out_del):
+    step_azimuth = np.float32(2 * np.pi / AZIMUTH_CELLS)
+    scale_a, scale_e = np.float32(1) / step_azimuth, np.float32(1 / step_elevation)
+    best = np.empty(4, np.float32)
+    best_at = np.empty(4, np.int64)
+    for i in range(directions.shape[0]):
+        x, y, z = directions[i, 0], directions[i, 1], directions[i, 2]
+        a = np.float32(np.arctan2(y, x))
+        e = np.float32(np.arctan2(z, np.sqrt(x * x + y * y)))
+        column = int((a + np.float32(np.pi)) / step_azimuth) % AZIMUTH_CELLS
+        row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
+        best[:] = np.float32(np.inf)
+        best_at[:] = -1
+        for r in range(max(row - REACH, 0), min(row + REACH, n_elevation - 1) + 1):
+            for dc in range(-REACH, REACH + 1):
+                c = r * AZIMUTH_CELLS + (column + dc) % AZIMUTH_CELLS
+                for at in range(start[c], start[c + 1]):
+                    da = _turn(azimuth[at] - a)
+                    de = elevation[at] - e
+                    quadrant = (1 if da >= 0 else 0) + (2 if de >= 0 else 0)
+                    d = (da * scale_a) ** 2 + (de * scale_e) ** 2
+                    if d < best[quadrant]:
+                        best[quadrant] = d
+                        best_at[quadrant] = at
+        for quadrant in range(4):
+            at = best_at[quadrant]
+            if at >= 0:
+                out_range[i, quadrant] = radius[at]
+                out_daz[i, quadrant] = _turn(azimuth[at] - a)
+                out_del[i, quadrant] = elevation[at] - e
+            else:
+                out_range[i, quadrant] = np.nan
+                out_daz[i, quadrant] = np.nan
+                out_del[i, quadrant] = np.nan
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _between(low, high, share):
+    """Linear between low and high, or whichever is there."""
+    if np.isnan(low):
+        return high
+    if np.isnan(high):
+        return low
+    return low + (high - low) * share
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _interpolate(ranges, daz, delev, fallback, out):
+    for i in range(ranges.shape[0]):
+        rows_inverse = np.full(2, np.nan, np.float32)
+        rows_elevation = np.full(2, np.nan, np.float32)
+        for row in range(2):
+            left, right = 2 * row, 2 * row + 1
+            width = daz[i, right] - daz[i, left]
+            share = -daz[i, left] / width if width > np.float32(1e-9) else np.float32(0.5)
+            rows_inverse[row] = _between(np.float32(1) / ranges[i, left], np.float32(1) / ranges[i, right], share)
+            rows_elevation[row] = _between(delev[i, left], delev[i, right], share)
+        height = rows_elevation[1] - rows_elevation[0]
+        share = -rows_elevation[0] / height if height > np.float32(1e-9) else np.float32(0.5)
+        inverse = _between(rows_inverse[0], rows_inverse[1], share)
+        out[i] = fallback[i] if np.isnan(inverse) else np.float32(1) / inverse
+
+
+class View:
+    """The points of one sweep as seen from the origin of their frame. points (N,3) f32; points that are not finite, or at the origin,
+    are left out. elevation_step_rad: spacing of the sensor's beams (cells and the quadrant search follow it)."""
+
+    def __init__(self, points: Array, elevation_step_rad: float = ELEVATION_STEP_RAD) -> None:
+        points = np.ascontiguousarray(points, np.float32)
+        if points.ndim != 2 or points.shape[1] != 3:
+            raise ValueError(f"View: points of shape {points.shape}, expected (N, 3)")
+        self.elevation_step_rad = float(elevation_step_rad)
+        self.n_elevation = int(np.ceil(np.pi / self.elevation_step_rad))
+        self._cells = _sort_into_cells(points, self.n_elevation, self.elevation_step_rad)
+
+    def __len__(self) -> int:
+        return len(self._cells[1])
+
+    def nearest(self, directions: Array) -> tuple[Array, Array, Array]:
+        """Per direction (R,3): range (R,) f32 and angle (R,) f32 rad of the reading nearest in angle, and its index (R,) i64 in the
+        sweep; NaN, NaN, -1 when the view is empty. Directions need not be unit vectors."""
+        directions = np.ascontiguousarray(directions, np.float32)
+        count = len(directions)
+        out = np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, np.int64)
+        _nearest(directions, *self._cells, self.n_elevation, self.elevation_step_rad, *out)
+        return out
+
+    def quadrants(self, directions: Array) -> tuple[Array, Array, Array]:
+        """Per direction (R,3) the nearest reading in each quadrant around it within the search window: ranges, azimuth offsets and
+        elevation offsets in rad, each (R,4) f32, NaN where there is none. Order: right-below, left-below, right-above, left-above."""
+        directions = np.ascontiguousarray(directions, np.float32)
+        out = tuple(np.empty((len(directions), 4), np.float32) for _ in range(3))
+        _quadrants(directions, *self._cells, self.n_elevation, self.elevation_step_rad, *out)
+        return out
+
+    def interpolate(self, directions: Array) -> Array:
+        """Per direction (R,3) the range (R,) f32 between its four quadrant readings, bilinear in inverse range; where quadrants are
+        missing, between those that are there, and without any the nearest reading."""
+        return interpolate(*self.quadrants(directions), self.nearest(directions)[0])
+
+    def pixel(self, directions: Array, azimuth_step_rad: float = float(np.deg2rad(0.18)), elevation_step_rad: float | None = None) -> Array:
+        """Per direction (R,3) the range (R,) f32 of the pixel it falls in: the closest return in a cell of the given steps (elevation: 0.84
+        of the beam spacing), or the nearest reading in angle where the pixel is empty."""
+        step_e = 0.84 * self.elevation_step_rad if elevation_step_rad is None else elevation_step_rad
+        _, _, azimuth, elevation, radius = self._cells
+        width = round(2 * np.pi / azimuth_step_rad)
+
+        def cell(a: Array, e: Array) -> Array:
+            return np.floor((e + np.pi / 2) / step_e).astype(np.int64) * width + np.floor((a + np.pi) / (2 * np.pi) * width).astype(np.int64) % width
+
+        image = np.full(width * (int(np.pi / step_e) + 2), np.inf, np.float32)
+        np.minimum.at(image, cell(azimuth, elevation), radius)
+        d = np.asarray(directions, np.float32)
+        read = image[cell(np.arctan2(d[:, 1], d[:, 0]), np.arctan2(d[:, 2], np.hypot(d[:, 0], d[:, 1])))]
+        empty = ~np.isfinite(read)
+        if empty.any():
+            read[empty] = self.nearest(d[empty])[0]
+        return read
+
+
+def interpolate(ranges: Array, daz: Array, delev: Array, fallback: Array) -> Array:
+    """Ranges (R,) f32 at offset 0, bilinear in inverse range between four quadrant readings (R,4 each, as `View.quadrants` gives them);
+    fallback (R,) where no quadrant has one."""
+    out = np.empty(len(ranges), np.float32)
+    _interpolate(ranges, daz, delev, fallback, out)
+    return out
