@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensors.geometry import inverse, transform_points
-from sensors.records import Clip, Frame, Log, Sweep
+from sensors.records import Clip, Frame, Lidar, Log, Sweep
 
 Array = NDArray[Any]
 
+# spacing of beams where a log does not say it: a 64-beam sensor's
+ELEVATION_STEP_RAD = float(np.deg2rad(0.5))
 MIN_RANGE_M, MAX_RANGE_M = 2.0, 56.0
 RAYS_PER_SWEEP = 16384
 
@@ -29,12 +31,13 @@ RAYS_PER_SWEEP = 16384
 @dataclass(frozen=True, eq=False)
 class History:
     """The past of a clip, oldest sweep first. points[i] (N_i,3) f32 and intensity[i] (N_i,) in the ego frame of t = 0; times_s (T,) <= 0;
-    present_from_sensor (T,4,4): where the sensor was. memo keeps what several methods derive from it (views, motion)."""
+    present_from_sensor (T,4,4): where the sensor was. elevation_step_rad: spacing of the sensor's beams. memo keeps what several methods derive from it (views, motion)."""
 
     points: tuple[Array, ...]
     intensity: tuple[Array, ...]
     times_s: Array
     present_from_sensor: Array
+    elevation_step_rad: float = ELEVATION_STEP_RAD
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: object, make: Callable[[], Any]) -> Any:
@@ -62,6 +65,15 @@ def inside_box(points: Array, box: tuple[float, ...]) -> Array:
     return ((points >= low) & (points <= high)).all(axis=1)
 
 
+def elevation_step_of(lidar: Lidar) -> float:
+    """Spacing of a LiDAR's beams in rad, a little generous: from its elevations, else from the number of beams over 27 or 40 degrees."""
+    if lidar.elevations_rad is not None and len(lidar.elevations_rad) > 1:
+        return float(np.clip(1.15 * np.median(np.diff(np.sort(lidar.elevations_rad))), np.deg2rad(0.2), np.deg2rad(4)))
+    if lidar.beams and lidar.beams < 64:
+        return float(np.deg2rad(40 / lidar.beams * 1.15))
+    return ELEVATION_STEP_RAD
+
+
 def _kept(log: Log, lidar: str, sweep: Sweep) -> tuple[Array, Array, Array]:
     """Indices, points and ranges (in the sensor's frame) of a sweep's returns that are not of the ego vehicle."""
     own = inside_box(transform_points(log.lidars[lidar].ego_from_lidar, sweep.points), log.ego_box)
@@ -83,7 +95,7 @@ def history_of(clip: Clip) -> History:
         intensity.append(sweep.intensity[index])
         poses.append(present_from_sensor)
     times = np.array([(frame.stamp_ns - clip.stamp_ns) / 1e9 for frame in clip.past])
-    return History(tuple(points), tuple(intensity), times, np.stack(poses))
+    return History(tuple(points), tuple(intensity), times, np.stack(poses), elevation_step_of(log.lidars[lidar]))
 
 
 def rays_of(clip: Clip, frame: Frame, count: int | None = RAYS_PER_SWEEP, seed: int = 0) -> Rays:

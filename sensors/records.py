@@ -277,6 +277,8 @@ class Log:
     them. stamps is ``recorded``, or ``assumed`` where a nominal rate had to stand in. counts says what was missing, dropped or mended
     (dropping happens on reading too, so it grows). ego_box is (xmin, ymin, zmin, xmax, ymax, zmax) of the vehicle in its ego frame.
     intensity_scale: what the source's full scale was (1 or 255), so that an export can undo it. files: what the log was read from.
+    measured_speed: forward speed of the ego by another sensor than the one that gave the poses (wheels, an inertial unit's velocity), as
+    stamps (N,) i64 and m/s (N,): what poses are checked against, or None.
     """
 
     id: str
@@ -292,6 +294,7 @@ class Log:
     read_image: Callable[[str, int], Image]
     open_labels: Callable[[], Labels | None] = lambda: None
     stamps: str = "recorded"
+    measured_speed: tuple[Array, Array] | None = None
     intensity_scale: float = 1.0
     ego_box: tuple[float, float, float, float, float, float] = (-1.5, -1.2, -0.5, 3.5, 1.2, 2.0)
     files: tuple[Path, ...] = ()

@@ -1,0 +1,90 @@
+"""What an adapter is, and how one is found.
+
+An adapter is one module in this package (or an entry point of the group ``driving_worldmodel.adapters`` in another distribution) with
+
+    recognise(path: Path) -> float
+        How sure it is, 0..1, that `path` holds its dataset. Looks at names and a few headers only, never raises, takes no time.
+    open_logs(path: Path, options: Mapping[str, str]) -> Iterator[Log]
+        One log after the other, payloads lazy. `next()` raises WmError for a log that cannot be opened and may then be called again for
+        the log after it, which a generator cannot do and ``map(open_one, sources)`` can. An option it does not know is a UsageError.
+    write_sample(root: Path) -> Path
+        A complete log of a few frames under `root` (an empty folder), written without any of the adapter's own reading code; gives the
+        path to open. The contract tests run on it.
+
+What every adapter promises: records in metres, nanoseconds and the frames of `sensors.records`; items joined by name or token, never by
+their position in a listing; what is missing, dropped or mended is counted in ``log.counts`` under ``"SENSOR: what"``; a payload that turns
+out unreadable raises RecordError when it is read and the log goes on; labels are not touched before `open_labels`; no path leaves the
+root; the source is not written to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensors.errors import UsageError, WmError, one_line
+from sensors.records import Log
+
+Item = TypeVar("Item")
+
+GROUP = "driving_worldmodel.adapters"
+
+
+def adapters() -> dict[str, ModuleType]:
+    """All adapters by dataset name: the modules beside this one, then those that other distributions announce."""
+    package = importlib.import_module("sensors.adapters")
+    found = {m.name: importlib.import_module(f"sensors.adapters.{m.name}") for m in pkgutil.iter_modules(package.__path__) if m.name != "base"}
+    for entry in entry_points(group=GROUP):
+        found.setdefault(entry.name, entry.load())
+    return dict(sorted(found.items()))
+
+
+def guess(path: Path) -> str:
+    """The dataset that `path` holds; UsageError where no adapter, or more than one equally, claims it."""
+    if not path.exists():
+        raise UsageError(f"{one_line(path)}: does not exist; give the folder that holds the recordings")
+    scores = {name: float(module.recognise(path)) for name, module in adapters().items()}
+    best = max(scores.values(), default=0.0)
+    names = [name for name, score in scores.items() if score == best]
+    if best <= 0:
+        raise UsageError(f"{one_line(path)}: no adapter recognises it ({', '.join(scores)}); give --dataset, or the folder one level up or down")
+    if len(names) > 1:
+        raise UsageError(f"{one_line(path)}: could be {' or '.join(names)}; give --dataset")
+    return names[0]
+
+
+def open_source(path: Path, dataset: str | None = None, options: Mapping[str, str] | None = None) -> Iterator[Log | WmError]:
+    """Every log of a source; in place of one that cannot be opened, the error that says why. dataset None: guessed."""
+    name = dataset or guess(path)
+    if name not in (known := adapters()):
+        raise UsageError(f"dataset {one_line(name)!r} is not one of {', '.join(known)}")
+    logs = known[name].open_logs(path, options or {})
+    while True:
+        try:
+            yield next(logs)
+        except StopIteration:
+            return
+        except UsageError:
+            raise
+        except WmError as error:
+            yield error
+
+
+def in_order(stamps_ns: Sequence[int], items: Sequence[Item], sensor: str, counts: Counter[str]) -> tuple[NDArray[Any], list[Item]]:
+    """stamps (N,) i64 strictly ascending with their items: sorted by stamp; of items with equal stamps the first stays. Both are counted."""
+    stamps = np.asarray(stamps_ns, np.int64).reshape(-1)
+    order = np.argsort(stamps, kind="stable")
+    fresh = np.ones(len(order), bool)
+    fresh[1:] = np.diff(stamps[order]) > 0
+    counts[f"{sensor}: out of order, sorted"] += int((np.diff(stamps) < 0).sum())
+    counts[f"{sensor}: same stamp, dropped"] += int((~fresh).sum())
+    return stamps[order[fresh]], [items[i] for i in order[fresh]]

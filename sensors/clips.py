@@ -1,0 +1,87 @@
+"""Clips: what a model is shown and asked, cut from a log by time and never by index.
+
+A frame is the reference LiDAR's sweep nearest to a nominal instant, within half a sweep's period; a clip is `past` frames that end at
+t = 0 and `future` frames after it, at a nominal rate. Where an instant has no sweep, no pose, or lies outside the range asked for,
+there is no clip: nothing is filled in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensors.geometry import pose_at
+from sensors.records import Clip, Frame, Log, RecordError
+
+Array = NDArray[Any]
+
+
+def nearest_index(stamps_ns: Array, wanted_ns: Array) -> Array:
+    """(N,) i64: index of the stamp (ascending (M,), M >= 1) nearest to each wanted (N,) instant; the earlier one of two equally near."""
+    right = np.clip(np.searchsorted(stamps_ns, wanted_ns), 1, max(len(stamps_ns) - 1, 1))
+    left = right - 1
+    right = np.minimum(right, len(stamps_ns) - 1)
+    return np.where(np.abs(wanted_ns - stamps_ns[left]) <= np.abs(stamps_ns[right] - wanted_ns), left, right)
+
+
+def frames_at(log: Log, stamps_index: Array, lidar: str) -> list[Frame]:
+    """One frame per index (N,) into the LiDAR's sweeps: other sensors' nearest items within half their period, with their skew."""
+    stamps = log.sweep_stamps_ns[lidar][stamps_index]
+    if log.poses is None:
+        raise RecordError(f"log {log.id}: no poses; ingest it with --poses odometry")
+    poses = pose_at(log.poses, stamps)
+    other_sweeps: list[dict[str, tuple[int, int]]] = [{} for _ in stamps]
+    images: list[dict[str, tuple[int, int]]] = [{} for _ in stamps]
+    sensors = [(other_sweeps, name, log.sweep_stamps_ns[name], log.lidars[name].rate_hz) for name in log.lidars if name != lidar]
+    sensors += [(images, name, log.image_stamps_ns[name], log.cameras[name].rate_hz) for name in log.cameras]
+    for into, name, known, rate_hz in sensors:
+        if not len(known):
+            continue
+        nearest = nearest_index(known, stamps)
+        for row, (index, skew_ns) in enumerate(zip(nearest, known[nearest] - stamps, strict=True)):
+            if abs(int(skew_ns)) <= 0.5e9 / rate_hz:
+                into[row][name] = (int(index), int(skew_ns))
+    return [Frame(int(s), int(i), p, o, m) for s, i, p, o, m in zip(stamps, stamps_index, poses, other_sweeps, images, strict=True)]
+
+
+def clips_of(
+    log: Log, *, past: int = 5, future: int = 5, rate_hz: float = 5.0, every_s: float = 0.5, from_ns: int | None = None, to_ns: int | None = None
+) -> list[Clip]:
+    """The clips of a log in order: t = 0 every `every_s`, the earliest with a full past first; no past or future frame leaves
+    from_ns <= stamp < to_ns, and none lies in a gap of the sweeps or of the poses. An empty list where the log is too short."""
+    lidar = log.reference_lidar
+    stamps = log.sweep_stamps_ns[lidar]
+    low = stamps[0] if from_ns is None and len(stamps) else (from_ns or 0)
+    high = 2**62 if to_ns is None else to_ns
+    allowed = np.flatnonzero((stamps >= low) & (stamps < high))
+    if log.poses is not None:
+        slack_ns = int(0.1e9)
+        allowed = allowed[(stamps[allowed] >= log.poses.stamps_ns[0] - slack_ns) & (stamps[allowed] <= log.poses.stamps_ns[-1] + slack_ns)]
+    if not len(allowed):
+        return []
+    period_ns = 1e9 / rate_hz
+    tolerance_ns = 0.5e9 / log.lidars[lidar].rate_hz
+    steps = np.round(np.arange(-past + 1, future + 1) * period_ns).astype(np.int64)
+    clips: list[Clip] = []
+    present_ns = int(stamps[allowed[0]]) - int(steps[0])
+    while present_ns <= stamps[allowed[-1]]:
+        present = allowed[nearest_index(stamps[allowed], np.array([present_ns]))[0]]
+        wanted = stamps[present] + steps
+        index = allowed[nearest_index(stamps[allowed], wanted)]
+        near = np.abs(stamps[index] - wanted) <= tolerance_ns
+        if near.all() and len(set(index.tolist())) == len(index) and not _pose_gap(log, stamps[index]):
+            frames = frames_at(log, index, lidar)
+            clips.append(Clip(log, lidar, tuple(frames[:past]), tuple(frames[past:])))
+        present_ns += int(every_s * 1e9)
+    return clips
+
+
+def _pose_gap(log: Log, stamps_ns: Array, longest_s: float = 0.5) -> bool:
+    """Whether poses are farther apart than longest_s around any of the stamps (N,)."""
+    if log.poses is None or len(log.poses.stamps_ns) < 2:
+        return False
+    known = log.poses.stamps_ns
+    right = np.clip(np.searchsorted(known, stamps_ns), 1, len(known) - 1)
+    return bool(((known[right] - known[right - 1]) > longest_s * 1e9).any())

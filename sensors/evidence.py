@@ -1,0 +1,139 @@
+"""Evidence: what the past sweeps say about a ray, as numbers a network can weigh.
+
+For each past sweep, newest first, and for the newest once more with its moving parts displaced to the asked instant: the nearest reading
+in each quadrant around the ray, the value interpolated between them, and the nearest reading of all; and for each sweep's nearest
+reading, whether the other sweeps saw through the place where it puts a surface.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from sensors.geometry import inverse, transform_points
+from sensors.kernels.directions import AZIMUTH_CELLS, View, interpolate
+from sensors.rays import History, Rays
+
+Array = NDArray[Any]
+
+MOVED = 2  # displaced copies of the newest sweep: by its velocity, and by the second hypothesis
+SEEN_LIMIT_M = 20.0
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """For R rays and S = T + MOVED readings (T past sweeps, newest first, then the displaced copies of the newest):
+    quadrants (R,S,4) f32 ranges, interpolated (R,S) f32, nearest (R,S) f32, all NaN where there is no reading; offsets (R,S,4,2) f32
+    azimuth and elevation of the quadrant readings relative to the ray, rad; angle (R,S) f32 of the nearest reading, rad;
+    seen (R,T,T) f32: the reading of sweep j towards the place of sweep k's nearest reading minus its distance, in metres, cut at
+    +-SEEN_LIMIT_M, NaN where j does not look there; the diagonal is NaN."""
+
+    quadrants: Array
+    interpolated: Array
+    nearest: Array
+    offsets: Array
+    angle: Array
+    seen: Array
+
+    def take(self, rows: Array) -> Evidence:
+        """The evidence of some of the rays."""
+        return Evidence(*(getattr(self, name)[rows] for name in FIELDS))
+
+
+FIELDS = ("quadrants", "interpolated", "nearest", "offsets", "angle", "seen")
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _seen_beyond(points, start, azimuth, elevation, radius, n_elevation, step_elevation, limit, out):
+    """Reading nearest to each point's direction within one cell around it, minus the point's distance; NaN where there is none."""
+    step_azimuth = np.float32(2 * np.pi / AZIMUTH_CELLS)
+    for i in range(points.shape[0]):
+        x, y, z = points[i, 0], points[i, 1], points[i, 2]
+        out[i] = np.nan
+        flat = np.sqrt(x * x + y * y)
+        distance = np.sqrt(flat * flat + z * z)
+        if not distance > np.float32(0.1):
+            continue
+        a = np.float32(np.arctan2(y, x))
+        e = np.float32(np.arctan2(z, flat))
+        column = int((a + np.float32(np.pi)) / step_azimuth) % AZIMUTH_CELLS
+        row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
+        best = np.float32(np.inf)
+        for r in range(max(row - 1, 0), min(row + 1, n_elevation - 1) + 1):
+            for dc in range(-1, 2):
+                c = r * AZIMUTH_CELLS + (column + dc) % AZIMUTH_CELLS
+                for at in range(start[c], start[c + 1]):
+                    da = azimuth[at] - a
+                    if da > np.float32(np.pi):
+                        da -= np.float32(2 * np.pi)
+                    elif da < -np.float32(np.pi):
+                        da += np.float32(2 * np.pi)
+                    de = elevation[at] - e
+                    d = da * da + de * de
+                    if d < best:
+                        best = d
+                        out[i] = min(max(radius[at] - distance, -limit), limit)
+
+
+def _view_from(history: History, sweep: int, sensor_from_present: Array, key: object) -> View:
+    return history.once(("view", sweep, key), lambda: View(transform_points(sensor_from_present, history.points[sweep]), history.elevation_step_rad))
+
+
+def displaced(history: History, horizon_s: float, hypothesis: int) -> tuple[Array, Array]:
+    """The newest sweep's points (N,3) f32 with its moving parts where they would be after horizon_s, by hypothesis 0 or 1 of
+    `sensors.motion`, and the mask (N,) of those that moved."""
+    from sensors.motion import motion_of
+
+    motion = motion_of(history)
+    velocity = motion.velocity if hypothesis == 0 else motion.alternative
+    moved = np.abs(velocity).sum(1) > 0
+    points = history.points[-1].copy()
+    points[moved] += (velocity[moved] * np.float32(horizon_s)).astype(np.float32)
+    return points, moved
+
+
+def gather(history: History, rays: Rays) -> Evidence:
+    """The evidence of the past for the given rays. Looks at the rays' origin, directions and instant only, never at their truth."""
+    count, sweeps = len(rays.directions), len(history.points)
+    readings = sweeps + MOVED
+    sensor_from_present = inverse(rays.present_from_sensor)
+    quadrants = np.empty((count, readings, 4), np.float32)
+    offsets = np.empty((count, readings, 4, 2), np.float32)
+    interpolated, nearest, angle = (np.empty((count, readings), np.float32) for _ in range(3))
+    seen = np.full((count, sweeps, sweeps), np.nan, np.float32)
+    present = np.asarray(rays.present_from_sensor, np.float64)
+
+    def read(slot: int, view: View, directions: Array, rows: Array | slice) -> None:
+        q, daz, delev = view.quadrants(directions)
+        near, near_angle, _ = view.nearest(directions)
+        quadrants[rows, slot], offsets[rows, slot, :, 0], offsets[rows, slot, :, 1] = q, daz, delev
+        nearest[rows, slot], angle[rows, slot] = near, near_angle
+        interpolated[rows, slot] = interpolate(q, daz, delev, near)
+
+    for slot in range(sweeps):
+        sweep = sweeps - 1 - slot
+        read(slot, _view_from(history, sweep, sensor_from_present, rays.horizon_s), rays.directions, slice(None))
+        surface = np.nan_to_num(nearest[:, slot, None]) * rays.directions
+        surface_present = (surface @ present[:3, :3].T + present[:3, 3]).astype(np.float32)
+        for other in range(sweeps):
+            if other == slot:
+                continue
+            own = inverse(history.present_from_sensor[sweeps - 1 - other])
+            view = _view_from(history, sweeps - 1 - other, own, "own")
+            start, _, azimuth, elevation, radius = view._cells
+            towards = transform_points(own, surface_present)
+            out = np.empty(count, np.float32)
+            _seen_beyond(towards, start, azimuth, elevation, radius, view.n_elevation, view.elevation_step_rad, np.float32(SEEN_LIMIT_M), out)
+            seen[:, slot, other] = np.where(np.isnan(nearest[:, slot]), np.nan, out)
+    for hypothesis in range(MOVED):
+        slot = sweeps + hypothesis
+        for field in (quadrants, offsets, interpolated, nearest, angle):
+            field[:, slot] = field[:, 0]
+        points, moved = displaced(history, rays.horizon_s, hypothesis)
+        if moved.any() and rays.horizon_s > 0:
+            read(slot, View(transform_points(sensor_from_present, points), history.elevation_step_rad), rays.directions, slice(None))
+    return Evidence(quadrants, interpolated, nearest, offsets, angle, seen)

@@ -1,0 +1,228 @@
+"""The ray head: where along a ray will the return be.
+
+A ray is read at P positions sorted by range. With evidence they are the readings of the past (quadrants and interpolation of each sweep,
+and of the displaced copies of the newest) and geometric bins from 2 to 56.4 m for surfaces that nobody has seen; without evidence they are
+P finer bins. Each position gets a hazard h, a centre m and a scale s; p_i = h_i prod_{j<i} (1 - h_j), and F(r) = sum_i p_i Laplace CDF.
+That one F serves the loss, the median, the quantiles, CRPS and PIT.
+
+Two parts add up at every position. The *prior* part knows the ray alone: its evidence, or, without any, its elevation and horizon; on
+its own it is the `evidence_only` arm that every table shows. The *latent* part reads the state z_k where the position lies and corrects
+the prior's outputs; no gradient flows from it into the prior part, so that the arm stays what it is called.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FIRST_BIN_M, LAST_BIN_M = 2.0, 56.4
+MEAN_FREE_PATH_M = 40.0
+MIN_SCALE_M = 0.02
+ABSENT_LOGIT = -30.0
+NEAR_ENOUGH_RAD = float(np.deg2rad(3.0))  # a reading farther off in angle is no evidence about a ray
+RAY_CONTEXT = 16
+
+
+def bin_centres(count: int) -> Tensor:
+    """Geometric bin centres (count,) f32 between FIRST_BIN_M and LAST_BIN_M."""
+    edges = torch.logspace(np.log10(FIRST_BIN_M), np.log10(LAST_BIN_M), count + 1, dtype=torch.float64)
+    return (edges[1:] * edges[:-1]).sqrt().float()
+
+
+def constant_density_logits(count: int) -> Tensor:
+    """Logits (count,) of bins whose hazard is that of a constant density along the ray: h = 1 - exp(-w / MEAN_FREE_PATH_M) for width w."""
+    edges = torch.logspace(np.log10(FIRST_BIN_M), np.log10(LAST_BIN_M), count + 1, dtype=torch.float64)
+    return torch.log(torch.expm1((edges[1:] - edges[:-1]) / MEAN_FREE_PATH_M)).float()
+
+
+@dataclass(frozen=True)
+class RayInput:
+    """N rays as the head sees them. origin, direction (N,3) f32 in the frame of the state; of (N,) i64: which clip of the batch; step (N,) i64:
+    0 = present, 1.. = future instants; horizon_s (N,); bearing (N,3): elevation, sine and cosine of azimuth in the sensor's frame.
+    Evidence as in `sensors.evidence` (S readings, T sweeps), NaN where absent; with_evidence (N,) bool is False where it is withheld."""
+
+    origin: Tensor
+    direction: Tensor
+    of: Tensor
+    step: Tensor
+    horizon_s: Tensor
+    bearing: Tensor
+    with_evidence: Tensor
+    quadrants: Tensor
+    interpolated: Tensor
+    nearest: Tensor
+    offsets: Tensor
+    angle: Tensor
+    seen: Tensor
+
+    def take(self, rows: Tensor) -> RayInput:
+        return RayInput(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+
+class Mixture(NamedTuple):
+    """centre (N,P) m, scale (N,P) m, log_mass (N,P), log_left (N,): log of the mass beyond the last position; intensity (N,) and colour (N,3)
+    in 0..1, or None where the latent part was not asked."""
+
+    centre: Tensor
+    scale: Tensor
+    log_mass: Tensor
+    log_left: Tensor
+    intensity: Tensor | None
+    colour: Tensor | None
+
+    def log_density(self, ranges: Tensor) -> Tensor:
+        """log of the (unconditional) density at ranges (N,), fp32."""
+        laplace = -(ranges[:, None] - self.centre).abs() / self.scale - torch.log(2 * self.scale)
+        return torch.logsumexp(self.log_mass + laplace, 1)
+
+    def log_returned(self) -> Tensor:
+        """log of the probability that there is a return at all within the positions (N,)."""
+        return torch.log(-torch.expm1(self.log_left.clamp(max=-1e-6)))
+
+    def crps(self, ranges: Tensor) -> Tensor:
+        """CRPS (N,) in metres at ranges (N,), given that there is a return; closed form, see `sensors.kernels.mixture.crps`."""
+        p = (self.log_mass - torch.logsumexp(self.log_mass, 1, keepdim=True)).exp()
+        d = (self.centre - ranges[:, None]).abs()
+        to_truth = (p * (d + self.scale * torch.exp(-d / self.scale))).sum(1)
+        gap = (self.centre[:, :, None] - self.centre[:, None, :]).abs()
+        # with the two scales replaced by their mean the pair term keeps its closed form for equal scales and stays smooth
+        s = 0.5 * (self.scale[:, :, None] + self.scale[:, None, :])
+        pair = gap + 0.5 * (3 * s + gap) * torch.exp(-gap / s)
+        return to_truth - 0.5 * (p[:, :, None] * p[:, None, :] * pair).sum((1, 2))
+
+
+def has_evidence(angle: Tensor) -> Tensor:
+    """(N,) bool from the angles (N,S) of the nearest readings: some sweep looked within NEAR_ENOUGH_RAD of the ray."""
+    return (angle < NEAR_ENOUGH_RAD).any(1)
+
+
+def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (N,E) of rays with evidence, their candidate ranges (N,S*5) and which of those exist (N,S*5) bool.
+
+    Ranges enter relative to a reference, the newest sweep's nearest reading, at three scales (metres, decimetres, centimetres)."""
+    count, readings = rays.nearest.shape
+    known = ~rays.nearest.isnan()
+    first = known.to(torch.int8).argmax(1, keepdim=True)
+    reference = rays.nearest.gather(1, first).nan_to_num(20.0).clamp(1.0, 120.0)
+    candidates = torch.cat((rays.quadrants, rays.interpolated[:, :, None]), 2)
+    ranges = torch.cat((candidates, rays.nearest[:, :, None]), 2)
+    there = ~ranges.isnan()
+    log = torch.log(ranges.nan_to_num(1.0).clamp(0.5, 200.0) / reference[:, :, None]) * there
+    log = log.reshape(count, -1)
+    offsets = rays.offsets.nan_to_num(0.0) * torch.tensor([1 / 0.0061, 1 / 0.0087], device=log.device)
+    angle = torch.log1p(rays.angle.nan_to_num(1.0) / 0.003)
+    seen = rays.seen.flatten(1)
+    seen_there = ~seen.isnan()
+    seen = seen.nan_to_num(0.0)
+    point = rays.origin + rays.direction * reference
+    scalars = torch.cat(
+        (torch.log(reference) - 2.5, rays.bearing, rays.horizon_s[:, None], point[:, 2:] * 0.5, rays.origin[:, :2].norm(dim=1, keepdim=True) * 0.1), 1
+    )
+    features = torch.cat(
+        (2 * log, torch.tanh(25 * log), torch.tanh(200 * log), there.flatten(1), offsets.flatten(1), angle,
+         torch.tanh(seen * 2), torch.tanh(seen * 0.2), seen_there, scalars), 1
+    )  # fmt: skip
+    return features, candidates.flatten(1), there[:, :, :5].flatten(1)
+
+
+def feature_count(readings: int, sweeps: int) -> int:
+    return readings * 6 * 4 + readings * 8 + readings + 3 * sweeps * sweeps + 7
+
+
+class RayHead(nn.Module):
+    """sweeps: T past sweeps; readings: S = T + displaced copies; bins: geometric bins beside the candidates; channels: of the state's maps."""
+
+    def __init__(self, sweeps: int, readings: int, bins: int = 24, width: int = 192, latent_channels: int = 48, latent_width: int = 48) -> None:
+        super().__init__()
+        self.sweeps, self.readings, self.bins = sweeps, readings, bins
+        self.positions = readings * 5 + bins
+        self.width = width
+        self.register_buffer("bin_centre", bin_centres(bins))
+        self.register_buffer("fine_centre", bin_centres(self.positions))
+        self.register_buffer("fine_logit", constant_density_logits(self.positions))
+        candidate_kind = torch.arange(readings).repeat_interleave(5)
+        self.register_buffer("kind", torch.cat((candidate_kind, torch.full((bins,), readings))))
+        self.evidence = nn.Sequential(
+            nn.Linear(feature_count(readings, sweeps), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+        self.evidence_out = nn.Linear(width, 3 * self.positions)
+        self.blind = nn.Sequential(nn.Linear(6, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU())
+        self.blind_out = nn.Linear(64, 3 * self.positions)
+        for out in (self.evidence_out, self.blind_out):
+            nn.init.normal_(out.weight, std=0.01)
+            nn.init.zeros_(out.bias)
+        with torch.no_grad():
+            logit = self.evidence_out.bias.view(3, self.positions)[0]
+            logit[-bins:] = constant_density_logits(bins) - 1
+            logit[: 5 * readings] = -1.0
+            logit[4 : 5 * readings : 5] = 0.5
+            self.evidence_out.bias.view(3, self.positions)[2, -bins:] = 2.0
+            self.blind_out.bias.view(3, self.positions)[0] = self.fine_logit
+            self.blind_out.bias.view(3, self.positions)[2] = 1.0
+        self.kind_embedding = nn.Embedding(readings + 2, latent_width)
+        self.context = nn.Linear(width, RAY_CONTEXT)
+        self.at_position = nn.Linear(latent_channels + 7, latent_width)
+        self.of_ray = nn.Linear(RAY_CONTEXT + 6, latent_width, bias=False)
+        self.latent_hidden = nn.Linear(latent_width, latent_width)
+        self.latent_out = nn.Linear(latent_width, 7)
+        nn.init.zeros_(self.latent_out.weight)
+        nn.init.zeros_(self.latent_out.bias)
+
+    def prior(self, rays: RayInput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the ray alone says, sorted by range: position (N,P), raw hazard logit, offset and scale (N,3,P), kind (N,P), is-candidate
+        (N,P) bool, and the hidden vector (N,width) of rays with evidence (zero elsewhere)."""
+        count = len(rays.origin)
+        device = rays.origin.device
+        position = self.fine_centre.expand(count, -1).clone()
+        kind = torch.full((count, self.positions), self.readings + 1, dtype=torch.long, device=device)
+        scalars = torch.cat((rays.bearing, rays.horizon_s[:, None], rays.origin[:, 2:] * 0.5, rays.direction[:, 2:]), 1)
+        raw = self.blind_out(self.blind(scalars)).view(count, 3, self.positions).float()
+        hidden = torch.zeros(count, self.width, device=device)
+        rows = torch.nonzero(rays.with_evidence)[:, 0]
+        if len(rows):
+            features, candidates, there = evidence_features(rays.take(rows))
+            of_evidence = self.evidence(features)
+            out = self.evidence_out(of_evidence).view(len(rows), 3, self.positions).float()
+            place = torch.cat((candidates.nan_to_num(LAST_BIN_M), self.bin_centre.expand(len(rows), -1)), 1)
+            there = F.pad(there, (0, self.bins), value=True)
+            logit = out[:, 0].masked_fill(~there, ABSENT_LOGIT)
+            out = torch.stack((logit, out[:, 1], out[:, 2]), 1)
+            place, order = place.sort(1, stable=True)
+            out = out.gather(2, order[:, None].expand(-1, 3, -1))
+            position = position.index_copy(0, rows, place)
+            raw = raw.index_copy(0, rows, out)
+            kind = kind.index_copy(0, rows, self.kind[order])
+            hidden = hidden.index_copy(0, rows, of_evidence.float())
+        return position, raw, kind, kind < self.readings, hidden
+
+    def correction(self, rays: RayInput, sampled: Tensor, position: Tensor, raw: Tensor, kind: Tensor, hidden: Tensor) -> Tensor:
+        """What the state adds (N,7,P): hazard logit, offset, scale, intensity, colour. sampled (N,P,C): the state read at the positions."""
+        height = rays.origin[:, 2:] + rays.direction[:, 2:] * position
+        logit = raw[:, 0].detach()
+        here = torch.stack((height * 0.5, torch.tanh(height), torch.tanh(4 * (height - 0.3)), torch.log(position) - 2.5,
+                            torch.sigmoid(logit), torch.tanh(raw[:, 1].detach()), torch.tanh(raw[:, 2].detach() * 0.5)), 2)  # fmt: skip
+        scalars = torch.cat((rays.bearing, rays.horizon_s[:, None], rays.origin[:, 2:] * 0.5, rays.with_evidence[:, None].float()), 1)
+        ray = self.of_ray(torch.cat((self.context(hidden.detach()), scalars), 1))
+        x = self.at_position(torch.cat((sampled, here), 2)) + ray[:, None] + self.kind_embedding(kind)
+        x = F.silu(self.latent_hidden(F.silu(x)))
+        return self.latent_out(x).transpose(1, 2).float()
+
+    def mixture(self, position: Tensor, raw: Tensor, candidate: Tensor, appearance: Tensor | None = None) -> Mixture:
+        """The distribution of sorted positions (N,P) and raw outputs (N,3,P): fp32 throughout."""
+        logit, offset, scale = raw.unbind(1)
+        centre = torch.where(candidate, position * (1 + 0.02 * offset), position * torch.exp(0.08 * torch.tanh(offset)))
+        s = MIN_SCALE_M + 0.01 * position * F.softplus(scale)
+        log_on = F.logsigmoid(-logit)
+        passed = torch.cumsum(log_on, 1)
+        log_mass = F.logsigmoid(logit) + passed - log_on
+        intensity = colour = None
+        if appearance is not None:
+            weight = (log_mass - torch.logsumexp(log_mass, 1, keepdim=True)).exp().detach()
+            shown = (torch.sigmoid(appearance) * weight[:, None]).sum(2)
+            intensity, colour = shown[:, 0], shown[:, 1:]
+        return Mixture(centre, s, log_mass, passed[:, -1], intensity, colour)
