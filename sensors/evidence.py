@@ -79,8 +79,14 @@ def _seen_beyond(points, start, azimuth, elevation, radius, n_elevation, step_el
                         out[i] = min(max(radius[at] - distance, -limit), limit)
 
 
-def _view_from(history: History, sweep: int, sensor_from_present: Array, key: object) -> View:
-    return history.once(("view", sweep, key), lambda: View(transform_points(sensor_from_present, history.points[sweep]), history.elevation_step_rad))
+def view_from(history: History, sweep: int, sensor_from_present: Array, key: object) -> View:
+    """One past sweep as seen from the sensor's place; kept in the history's memo under key (the horizon in seconds for an asked instant)."""
+    return history.once(("view", sweep, key), lambda: View(history.points[sweep], history.elevation_step_rad, sensor_from_present))
+
+
+def newest_view(history: History, sensor_from_present: Array, horizon_s: float) -> View:
+    """The newest past sweep as seen from where the sensor will be after horizon_s."""
+    return view_from(history, len(history.points) - 1, sensor_from_present, horizon_s)
 
 
 def displaced(history: History, horizon_s: float, hypothesis: int) -> tuple[Array, Array]:
@@ -116,14 +122,14 @@ def gather(history: History, rays: Rays) -> Evidence:
 
     for slot in range(sweeps):
         sweep = sweeps - 1 - slot
-        read(slot, _view_from(history, sweep, sensor_from_present, rays.horizon_s), rays.directions, slice(None))
+        read(slot, view_from(history, sweep, sensor_from_present, rays.horizon_s), rays.directions, slice(None))
         surface = np.nan_to_num(nearest[:, slot, None]) * rays.directions
         surface_present = (surface @ present[:3, :3].T + present[:3, 3]).astype(np.float32)
         for other in range(sweeps):
             if other == slot:
                 continue
             own = inverse(history.present_from_sensor[sweeps - 1 - other])
-            view = _view_from(history, sweeps - 1 - other, own, "own")
+            view = view_from(history, sweeps - 1 - other, own, "own")
             start, _, azimuth, elevation, radius = view._cells
             towards = transform_points(own, surface_present)
             out = np.empty(count, np.float32)
@@ -135,5 +141,5 @@ def gather(history: History, rays: Rays) -> Evidence:
             field[:, slot] = field[:, 0]
         points, moved = displaced(history, rays.horizon_s, hypothesis)
         if moved.any() and rays.horizon_s > 0:
-            read(slot, View(transform_points(sensor_from_present, points), history.elevation_step_rad), rays.directions, slice(None))
+            read(slot, View(points, history.elevation_step_rad, sensor_from_present), rays.directions, slice(None))
     return Evidence(quadrants, interpolated, nearest, offsets, angle, seen)

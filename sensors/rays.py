@@ -58,6 +58,11 @@ class Rays:
     intensity: Array
     index: Array
 
+    def take(self, rows: Array) -> Rays:
+        """Some of the rays."""
+        truth = (self.ranges[rows], self.intensity[rows], self.index[rows])
+        return Rays(self.horizon_s, self.present_from_sensor, self.directions[rows], *truth)
+
 
 def inside_box(points: Array, box: tuple[float, ...]) -> Array:
     """(N,) bool: points (N,3) within (xmin, ymin, zmin, xmax, ymax, zmax)."""
@@ -113,3 +118,17 @@ def rays_of(clip: Clip, frame: Frame, count: int | None = RAYS_PER_SWEEP, seed: 
     present_from_sensor = inverse(clip.past[-1].world_from_ego) @ frame.world_from_ego @ log.lidars[lidar].ego_from_lidar
     directions = (points / ranges[:, None]).astype(np.float32)
     return Rays((frame.stamp_ns - clip.stamp_ns) / 1e9, present_from_sensor, directions, ranges, sweep.intensity[index], index)
+
+
+def in_sector(points: Array, centre_rad: float, width_rad: float) -> Array:
+    """(N,) bool: points (N,3) of the ego frame of t = 0 whose azimuth, seen from its origin, is within width_rad / 2 of centre_rad."""
+    azimuth = np.arctan2(points[:, 1].astype(np.float64), points[:, 0].astype(np.float64))
+    return np.abs((azimuth - centre_rad + np.pi) % (2 * np.pi) - np.pi) <= width_rad / 2
+
+
+def hide_sector(history: History, centre_rad: float, width_rad: float) -> History:
+    """The history without anything that any past sweep saw in a sector (`in_sector`); what was derived from the whole is not carried over."""
+    kept = [~in_sector(points, centre_rad, width_rad) for points in history.points]
+    points = tuple(p[k] for p, k in zip(history.points, kept, strict=True))
+    intensity = tuple(i[k] for i, k in zip(history.intensity, kept, strict=True))
+    return History(points, intensity, history.times_s, history.present_from_sensor, history.elevation_step_rad)

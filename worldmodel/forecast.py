@@ -14,6 +14,16 @@ LEVELS = (0.1, 0.2, 0.5, 0.8, 0.9)
 
 
 @dataclass(frozen=True, eq=False)
+class Mixture:
+    """Range distributions of R rays, given that there is a return: masses p (R,P) f32 summing to 1, centres m (R,P) f32 and scales s (R,P) f32
+    in metres of Laplace components; F(x) = sum_i p_i Laplace CDF((x - m_i) / s_i). `sensors.kernels.mixture` reads it."""
+
+    p: Array
+    m: Array
+    s: Array
+
+
+@dataclass(frozen=True, eq=False)
 class RayForecast:
     """The forecast of one instant. Rays leave from `present_from_sensor` (4,4), the sensor's pose at horizon_s in the ego frame of t = 0,
     along `directions` (R,3) f32 of that sensor's frame. ranges (R,) f32 are medians, quantiles (R,len(LEVELS)) f32.

@@ -25,7 +25,7 @@ MAX_RINGS = 24
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _sort_into_cells(points, n_elevation, step_elevation):
+def _sort_into_cells(points, pose, n_elevation, step_elevation):
     n = points.shape[0]
     cells = AZIMUTH_CELLS * n_elevation
     start = np.zeros(cells + 1, np.int32)
@@ -35,7 +35,10 @@ def _sort_into_cells(points, n_elevation, step_elevation):
     cell = np.empty(n, np.int32)
     per_azimuth = np.float32(AZIMUTH_CELLS / (2.0 * np.pi))
     for i in range(n):
-        x, y, z = points[i, 0], points[i, 1], points[i, 2]
+        px, py, pz = np.float64(points[i, 0]), np.float64(points[i, 1]), np.float64(points[i, 2])
+        x = np.float32(pose[0, 0] * px + pose[0, 1] * py + pose[0, 2] * pz + pose[0, 3])
+        y = np.float32(pose[1, 0] * px + pose[1, 1] * py + pose[1, 2] * pz + pose[1, 3])
+        z = np.float32(pose[2, 0] * px + pose[2, 1] * py + pose[2, 2] * pz + pose[2, 3])
         r = np.sqrt(x * x + y * y + z * z)
         if not (r > np.float32(1e-3) and r < np.float32(1e6)):
             cell[i] = -1
@@ -195,15 +198,17 @@ def _interpolate(ranges, daz, delev, fallback, out):
 
 class View:
     """The points of one sweep as seen from the origin of their frame. points (N,3) f32; points that are not finite, or at the origin,
-    are left out. elevation_step_rad: spacing of the sensor's beams (cells and the quadrant search follow it)."""
+    are left out. elevation_step_rad: spacing of the sensor's beams (cells and the quadrant search follow it). sensor_from_points (4,4): where
+    the points are given in another frame than that of the asking sensor."""
 
-    def __init__(self, points: Array, elevation_step_rad: float = ELEVATION_STEP_RAD) -> None:
+    def __init__(self, points: Array, elevation_step_rad: float = ELEVATION_STEP_RAD, sensor_from_points: Array | None = None) -> None:
         points = np.ascontiguousarray(points, np.float32)
         if points.ndim != 2 or points.shape[1] != 3:
             raise ValueError(f"View: points of shape {points.shape}, expected (N, 3)")
         self.elevation_step_rad = float(elevation_step_rad)
         self.n_elevation = int(np.ceil(np.pi / self.elevation_step_rad))
-        self._cells = _sort_into_cells(points, self.n_elevation, self.elevation_step_rad)
+        pose = np.eye(4) if sensor_from_points is None else np.ascontiguousarray(sensor_from_points, np.float64)
+        self._cells = _sort_into_cells(points, pose, self.n_elevation, self.elevation_step_rad)
 
     def __len__(self) -> int:
         return len(self._cells[1])

@@ -88,3 +88,11 @@ def test_hostile_points_are_left_out() -> None:
 def test_pixel_takes_the_closest_return_of_its_cell() -> None:
     points = np.array([[10, 0.001, 0.001], [5, 0.0005, 0.0005], [0, 7, 0]], np.float32)
     assert View(points).pixel(np.array([[1, 0.0001, 0.0001], [0, 1, 0.3]], np.float32)).tolist() == pytest.approx([5, 7], rel=1e-4)
+
+
+def test_a_view_from_elsewhere_is_the_view_of_moved_points() -> None:
+    points, asked = cloud(3, 500), unit(cloud(4, 50))
+    pose = np.array([[0.6, -0.8, 0, 1.0], [0.8, 0.6, 0, -2.0], [0, 0, 1, 0.5], [0, 0, 0, 1]])
+    moved = (points.astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]).astype(np.float32)
+    for a, b in zip(View(points, sensor_from_points=pose).nearest(asked), View(moved).nearest(asked), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -60,7 +60,7 @@ class RayInput:
     angle: Tensor
     seen: Tensor
 
-    def take(self, rows: Tensor) -> RayInput:
+    def take(self, rows: Tensor | slice) -> RayInput:
         return RayInput(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
@@ -192,7 +192,7 @@ class RayHead(nn.Module):
             there = F.pad(there, (0, self.bins), value=True)
             logit = out[:, 0].masked_fill(~there, ABSENT_LOGIT)
             out = torch.stack((logit, out[:, 1], out[:, 2]), 1)
-            place, order = place.sort(1, stable=True)
+            place, order = place.sort(dim=1, stable=True)
             out = out.gather(2, order[:, None].expand(-1, 3, -1))
             position = position.index_copy(0, rows, place)
             raw = raw.index_copy(0, rows, out)

@@ -1,0 +1,200 @@
+"""A look at the payloads of a log, on samples: can they be read, are sweeps whole, and do the poses lay one sweep onto the next.
+
+Pose quality is measured where it matters: two sweeps PAIR_S apart are joined by the poses, and once more after registration. The distance
+between the clouds before and after, and how far the registration had to move, say what the poses cost; moving things and newly seen space
+are in both figures alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensors.alignment.odometry import register
+from sensors.clips import nearest_index
+from sensors.errors import WmError
+from sensors.geometry import inverse, pose_at, transform_points
+from sensors.kernels.nearest import nearest
+from sensors.kernels.registration import Planes, thinned
+from sensors.rays import inside_box
+from sensors.records import Log
+
+Array = NDArray[Any]
+
+SWEEPS, PAIRS = 48, 6
+PAIR_S = 1.0
+VOXEL_M = 0.25
+MIN_RANGE_M, MAX_RANGE_M = 3.0, 40.0
+AZIMUTH_BINS = 180
+MIN_MATCHED = 500
+# what makes a warning
+MOVED_M, THIN_SHARE, COVERAGE_SHARE = 0.10, 0.5, 0.8
+
+
+@dataclass(frozen=True, eq=False)
+class SweepSamples:
+    """Sampled sweeps of one LiDAR: stamps_ns (N,), points (N,) i64 per sweep, azimuth (N,) share of the directions around the sensor that
+    hold a return, time_per_point and rings: whether sweeps have them; unreadable: how many of the samples could not be read."""
+
+    stamps_ns: Array
+    points: Array
+    azimuth: Array
+    time_per_point: bool
+    rings: bool
+    deskewed: bool
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sweeps joined by the poses: the median distance from the later one's points to the earlier cloud, m, as the poses have it and
+    after registration; how far registration moved and turned the later sweep. registered: whether there was enough to match."""
+
+    from_ns: int
+    to_ns: int
+    median_m: float
+    registered_m: float
+    moved_m: float
+    turned_deg: float
+    registered: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What `survey` found, by LiDAR, and the pairs of the reference LiDAR. warnings are lines of text."""
+
+    sweeps: dict[str, SweepSamples]
+    pairs: tuple[Pair, ...]
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        sweeps = {
+            name: {
+                "sampled": len(s.stamps_ns), "unreadable": s.unreadable, "points_median": float(np.median(s.points)) if len(s.points) else None,
+                "points_min": int(s.points.min()) if len(s.points) else None, "time_per_point": s.time_per_point, "rings": s.rings,
+                "deskewed": s.deskewed,
+            }
+            for name, s in self.sweeps.items()
+        }  # fmt: skip
+        return {"sweeps": sweeps, "pairs": [vars(pair) for pair in self.pairs], "warnings": list(self.warnings)}
+
+
+def spread(count: int, most: int) -> Array:
+    """At most `most` indices (N,) i64 of 0..count-1, evenly spread, both ends among them."""
+    return np.unique(np.round(np.linspace(0, count - 1, min(count, most))).astype(np.int64)) if count else np.zeros(0, np.int64)
+
+
+def survey(log: Log, report: Callable[[int, int, str], None] | None = None) -> Survey:
+    """Reads at most SWEEPS sweeps of each LiDAR, and PAIRS pairs of the reference's. An unreadable payload is counted, not raised."""
+    sweeps = {name: _samples(log, name, report) for name in sorted(log.lidars)}
+    pairs = _pairs(log, report) if log.lidars and log.poses is not None else ()
+    return Survey(sweeps, pairs, tuple(_warnings(log, sweeps, pairs)))
+
+
+def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | None) -> SweepSamples:
+    stamps, points, azimuth = [], [], []
+    times, rings, deskewed, unreadable = True, True, True, 0
+    wanted = spread(len(log.sweep_stamps_ns[lidar]), SWEEPS)
+    for done, index in enumerate(wanted):
+        if report:
+            report(done, len(wanted), lidar)
+        try:
+            sweep = log.read_sweep(lidar, int(index))
+        except WmError:
+            unreadable += 1
+            continue
+        stamps.append(sweep.stamp_ns)
+        points.append(len(sweep.points))
+        bins = np.floor((np.arctan2(sweep.points[:, 1], sweep.points[:, 0]) + np.pi) / (2 * np.pi) * AZIMUTH_BINS).astype(np.int64)
+        azimuth.append(len(np.unique(np.clip(bins, 0, AZIMUTH_BINS - 1))) / AZIMUTH_BINS)
+        times, rings, deskewed = times and sweep.time_ns is not None, rings and sweep.ring is not None, deskewed and sweep.deskewed
+    some = bool(stamps)
+    return SweepSamples(
+        np.array(stamps, np.int64), np.array(points, np.int64), np.array(azimuth), some and times, some and rings, some and deskewed, unreadable
+    )
+
+
+def cloud_in_ego(log: Log, lidar: str, index: int) -> Array:
+    """Points (N,3) f64 of a sweep in the ego frame, the vehicle's own returns and what is nearer or farther than the survey looks left out."""
+    sweep = log.read_sweep(lidar, index)
+    distance = np.sqrt((sweep.points.astype(np.float64) ** 2).sum(1))
+    points = transform_points(log.lidars[lidar].ego_from_lidar, sweep.points.astype(np.float64))
+    keep: Array = points[~inside_box(points, log.ego_box) & (distance > MIN_RANGE_M) & (distance < MAX_RANGE_M)]
+    return keep
+
+
+def pair_indices(log: Log) -> list[tuple[int, int]]:
+    """Indices of at most PAIRS pairs of the reference LiDAR's sweeps, PAIR_S apart (within a quarter) and covered by poses."""
+    stamps = log.sweep_stamps_ns[log.reference_lidar]
+    if log.poses is None or len(stamps) < 2:
+        return []
+    later = nearest_index(stamps, stamps + int(PAIR_S * 1e9))
+    apart = (stamps[later] - stamps) / 1e9
+    covered = (stamps >= log.poses.stamps_ns[0]) & (stamps <= log.poses.stamps_ns[-1])
+    good = np.flatnonzero((np.abs(apart - PAIR_S) < 0.25 * PAIR_S) & covered & covered[later])
+    return [(int(good[i]), int(later[good[i]])) for i in spread(len(good), PAIRS)]
+
+
+def _pairs(log: Log, report: Callable[[int, int, str], None] | None) -> tuple[Pair, ...]:
+    lidar = log.reference_lidar
+    stamps = log.sweep_stamps_ns[lidar]
+    found = []
+    wanted = pair_indices(log)
+    for done, (earlier, later) in enumerate(wanted):
+        if report:
+            report(done, len(wanted), "poses")
+        try:
+            first, second = (thinned(cloud_in_ego(log, lidar, index), VOXEL_M) for index in (earlier, later))
+        except WmError:
+            continue
+        if not (len(first) and len(second)):
+            continue
+        assert log.poses is not None
+        world_from_first, world_from_second = pose_at(log.poses, stamps[[earlier, later]])
+        first_from_second = inverse(world_from_first) @ world_from_second
+        target = Planes(first)
+        # started in the later sweep's frame, so that what registration adds is measured at the sensor
+        moved, matched, _ = register(second, Planes(transform_points(inverse(first_from_second), first)), np.eye(4))
+        registered = matched >= min(MIN_MATCHED, len(second) // 4)
+        if not registered:
+            moved = np.eye(4)
+        before, after = (_distance(target, second, first_from_second @ extra) for extra in (np.eye(4), moved))
+        turned = float(np.rad2deg(np.arccos(np.clip((np.trace(moved[:3, :3]) - 1) / 2, -1, 1))))
+        found.append(Pair(int(stamps[earlier]), int(stamps[later]), before, after, float(np.linalg.norm(moved[:3, 3])), turned, registered))
+    return tuple(found)
+
+
+def _distance(target: Planes, points: Array, target_from_points: Array) -> float:
+    away, _ = nearest(transform_points(target_from_points, points).astype(np.float32), target.points.astype(np.float32))
+    return float(np.median(away))
+
+
+def _warnings(log: Log, sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...]) -> list[str]:
+    out = []
+    for name, s in sweeps.items():
+        if s.unreadable:
+            out.append(f"{name}: {s.unreadable} of {len(s.stamps_ns) + s.unreadable} sampled sweeps cannot be read")
+        if len(s.points) < 2:
+            continue
+        thin = int((s.points < THIN_SHARE * np.median(s.points)).sum())
+        if thin:
+            out.append(f"{name}: {thin} of {len(s.points)} sampled sweeps have less than half the usual points; packets lost?")
+        narrow = int((s.azimuth < COVERAGE_SHARE * np.median(s.azimuth)).sum())
+        if narrow:
+            out.append(f"{name}: {narrow} of {len(s.points)} sampled sweeps see less of the surroundings than usual; packets lost?")
+    known = [pair for pair in pairs if pair.registered]
+    if pairs and len(known) < len(pairs):
+        out.append(f"poses: {len(pairs) - len(known)} of {len(pairs)} pairs of sweeps {PAIR_S} s apart cannot be registered to each other")
+    if known and log.poses is not None:
+        moved = np.array([pair.moved_m for pair in known])
+        if np.median(moved) > MOVED_M or moved.max() > 3 * MOVED_M:
+            remedy = "ingest with --poses refined" if log.poses.source in ("log", "gnss") else "ingest with --poses refined from better ones"
+            out.append(
+                f"poses: sweeps {PAIR_S} s apart lie {np.median(moved):.2f} m off each other (median of {len(known)} pairs, at most {moved.max():.2f} m); {remedy}"
+            )
+    return out

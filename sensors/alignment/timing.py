@@ -1,0 +1,265 @@
+"""What the stamps and poses of a log say about it, without reading a payload: rates, gaps, skews, clocks, speeds.
+
+A pure report: the same log gives the same one, and nothing is changed or mended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensors.clips import nearest_index
+from sensors.records import Log
+
+Array = NDArray[Any]
+
+GAP_STEPS = 1.5
+MOST_GAPS = 20
+# leap seconds between GPS and UTC, TAI and GPS, TAI and UTC: an offset this near to one of them is hardly an accident
+CLOCK_OFFSETS_S = {18: "GPS against UTC", 19: "TAI against GPS", 37: "TAI against UTC"}
+CLOCK_TOLERANCE_S = 0.05
+SPEED_WINDOW_S = 0.5
+SPEED_TOLERANCE_MPS, SPEED_TOLERANCE_SHARE = 0.15, 0.01
+# no car gains or loses this much within SPEED_WINDOW_S (2 g), so poses that say so jumped
+SPEED_JUMP_MPS = 10.0
+SPEED_LIMIT_MPS = 80.0
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A step longer than GAP_STEPS periods: where it starts, and how long it is."""
+
+    from_ns: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SensorTiming:
+    """The stamps of one sensor: steps in seconds, skews in milliseconds to the nearest sweep of the reference LiDAR (its stamp minus the
+    sweep's). Values that a sensor of fewer than two items does not have are None. unmatched: sweeps of the reference without an item of
+    this sensor within half its period."""
+
+    name: str
+    kind: str
+    count: int
+    nominal_hz: float
+    rate_hz: float | None
+    first_ns: int | None
+    last_ns: int | None
+    median_step_s: float | None
+    max_step_s: float | None
+    missing: int
+    gaps: tuple[Gap, ...]
+    gaps_total: int
+    skew_median_ms: float | None = None
+    skew_max_ms: float | None = None
+    unmatched: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PoseTiming:
+    """The poses: their source and steps, how many sweeps of the reference LiDAR they cover (within 0.1 s), the path's length, the speed
+    (m/s) over SPEED_WINDOW_S at speed_ns, and what another sensor measured at the same instants (NaN where it did not)."""
+
+    source: str
+    count: int
+    median_step_s: float | None
+    max_step_s: float | None
+    covered_share: float
+    distance_m: float
+    speed_ns: Array
+    speed_mps: Array
+    measured_mps: Array
+
+    @property
+    def speed_error_mps(self) -> Array:
+        """(N,) pose speed minus measured speed; NaN without a measurement."""
+        error: Array = self.speed_mps - self.measured_mps
+        return error
+
+
+@dataclass(frozen=True, eq=False)
+class Timing:
+    """The report of `timing`: warnings are lines of text; an empty list is the verdict ok."""
+
+    log_id: str
+    reference: str | None
+    stamps: str
+    duration_s: float
+    sensors: tuple[SensorTiming, ...]
+    poses: PoseTiming | None
+    warnings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.warnings
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for `--json`; the speed profile as its summary."""
+        out: dict[str, Any] = {"log": self.log_id, "reference": self.reference, "stamps": self.stamps, "duration_s": self.duration_s}
+        out["ok"], out["warnings"] = self.ok, list(self.warnings)
+        out["sensors"] = [{**vars(s), "gaps": [vars(g) for g in s.gaps]} for s in self.sensors]
+        out["poses"] = None
+        if self.poses is not None:
+            p = self.poses
+            names = ("source", "count", "median_step_s", "max_step_s", "covered_share", "distance_m")
+            out["poses"] = {name: getattr(p, name) for name in names}
+            error = np.abs(p.speed_error_mps[np.isfinite(p.speed_error_mps)])
+            out["poses"]["speed_median_mps"] = float(np.median(p.speed_mps)) if len(p.speed_mps) else None
+            out["poses"]["speed_max_mps"] = float(p.speed_mps.max()) if len(p.speed_mps) else None
+            out["poses"]["speed_error_median_mps"] = float(np.median(error)) if len(error) else None
+            out["poses"]["speed_error_max_mps"] = float(error.max()) if len(error) else None
+        return out
+
+
+def _sensor(name: str, kind: str, stamps: Array, nominal_hz: float, reference: Array | None) -> SensorTiming:
+    count = len(stamps)
+    steps = np.diff(stamps) / 1e9
+    period = float(np.median(steps)) if count > 1 else 1 / nominal_hz
+    long = np.flatnonzero(steps > GAP_STEPS * period)
+    gaps = tuple(Gap(int(stamps[i]), float(steps[i])) for i in long[np.sort(np.argsort(-steps[long], kind="stable")[:MOST_GAPS])])
+    skew_median = skew_max = None
+    unmatched = 0
+    if reference is not None and len(reference) and count:
+        skew = (stamps[nearest_index(stamps, reference)] - reference) / 1e6
+        matched = np.abs(skew) <= 0.5e3 / nominal_hz
+        unmatched = int((~matched).sum())
+        if matched.any():
+            skew_median, skew_max = float(np.median(skew[matched])), float(skew[matched][np.abs(skew[matched]).argmax()])
+    return SensorTiming(
+        name, kind, count, nominal_hz,
+        rate_hz=(count - 1) / ((stamps[-1] - stamps[0]) / 1e9) if count > 1 else None,
+        first_ns=int(stamps[0]) if count else None,
+        last_ns=int(stamps[-1]) if count else None,
+        median_step_s=period if count > 1 else None,
+        max_step_s=float(steps.max()) if count > 1 else None,
+        missing=int(np.maximum(np.round(steps[long] / period) - 1, 1).sum()),
+        gaps=gaps, gaps_total=len(long), skew_median_ms=skew_median, skew_max_ms=skew_max, unmatched=unmatched,
+    )  # fmt: skip
+
+
+def _window_speed(stamps: Array, along: Array, at: Array) -> Array:
+    """Mean rate of change of along (N,) over SPEED_WINDOW_S around each instant (M,), the window cut at the ends."""
+    half = int(SPEED_WINDOW_S * 5e8)
+    low, high = np.maximum(at - half, stamps[0]), np.minimum(at + half, stamps[-1])
+    zero = stamps[0]
+    moved = np.interp(high - zero, stamps - zero, along) - np.interp(low - zero, stamps - zero, along)
+    return np.divide(moved, (high - low) / 1e9, out=np.full(len(at), np.nan), where=high > low)
+
+
+def _poses(log: Log, reference: Array | None) -> PoseTiming | None:
+    if log.poses is None:
+        return None
+    stamps, place = log.poses.stamps_ns, log.poses.world_from_ego[:, :3, 3]
+    steps = np.diff(stamps) / 1e9
+    along = np.concatenate(([0.0], np.cumsum(np.linalg.norm(np.diff(place, axis=0), axis=1))))
+    covered = 1.0
+    if reference is not None and len(reference):
+        covered = float(((reference >= stamps[0] - 10**8) & (reference <= stamps[-1] + 10**8)).mean())
+    at = stamps if len(stamps) > 1 else stamps[:0]
+    speed = _window_speed(stamps, along, at)
+    measured = np.full(len(at), np.nan)
+    if log.measured_speed is not None and len(log.measured_speed[0]) > 1 and len(at):
+        known, forward = (np.asarray(a) for a in log.measured_speed)
+        way = np.concatenate(([0.0], np.cumsum(0.5 * (forward[1:] + forward[:-1]) * np.diff(known) / 1e9)))
+        inside = (at >= known[0]) & (at <= known[-1])
+        measured[inside] = np.abs(_window_speed(known, way, at[inside]))
+    return PoseTiming(
+        log.poses.source, len(stamps), float(np.median(steps)) if len(steps) else None, float(steps.max()) if len(steps) else None,
+        covered, float(along[-1]), at, speed, measured,
+    )  # fmt: skip
+
+
+def _clock_offset(first_ns: int, last_ns: int, reference: Array, slack_s: float) -> str | None:
+    """A known difference of clocks that both ends of a sensor's stamps show against the reference's."""
+    starts, ends = (first_ns - int(reference[0])) / 1e9, (last_ns - int(reference[-1])) / 1e9
+    for seconds, meaning in CLOCK_OFFSETS_S.items():
+        for offset in (seconds, -seconds):
+            if abs(0.5 * (starts + ends) - offset) <= CLOCK_TOLERANCE_S + 0.5 * slack_s and abs(starts - ends) <= 2 * slack_s + CLOCK_TOLERANCE_S:
+                return f"{offset:+d} s ({meaning})"
+    return None
+
+
+def _gap_warning(sensor: SensorTiming) -> str:
+    longest = max(sensor.gaps, key=lambda gap: gap.seconds)
+    return (
+        f"{sensor.name}: {sensor.gaps_total} gaps, about {sensor.missing} items missing, "
+        f"the longest {longest.seconds:.2f} s after {longest.from_ns} ns; clips are cut there"
+    )
+
+
+def _warnings(log: Log, sensors: tuple[SensorTiming, ...], poses: PoseTiming | None, reference: Array | None) -> list[str]:
+    out = []
+    if log.stamps == "assumed":
+        out.append("stamps are assumed at the nominal rate: skews and speeds mean little")
+    if reference is None:
+        out.append("no LiDAR sweeps: no clips can be cut")
+    for sensor in sensors:
+        if sensor.count == 0:
+            out.append(f"{sensor.name}: no items")
+            continue
+        if sensor.gaps_total:
+            out.append(_gap_warning(sensor))
+        if sensor.rate_hz is not None and sensor.median_step_s is not None and not 0.8 < sensor.median_step_s * sensor.nominal_hz < 1.25:
+            out.append(f"{sensor.name}: {1 / sensor.median_step_s:.2f} Hz where {sensor.nominal_hz:.2f} Hz is nominal; check the unit of the stamps")
+        if reference is not None and sensor.first_ns is not None and sensor.last_ns is not None:
+            offset = _clock_offset(sensor.first_ns, sensor.last_ns, reference, sensor.median_step_s or 1 / sensor.nominal_hz)
+            if offset:
+                out.append(f"{sensor.name}: its clock seems to differ by {offset} from the LiDAR's; nothing was shifted")
+            elif sensor.unmatched > 0.1 * len(reference):
+                out.append(f"{sensor.name}: {sensor.unmatched} of {len(reference)} sweeps have no item of it within half its period")
+    if poses is None:
+        out.append("no poses: ingest with --poses odometry")
+        return out
+    if reference is not None and log.poses is not None:
+        offset = _clock_offset(int(log.poses.stamps_ns[0]), int(log.poses.stamps_ns[-1]), reference, max(poses.median_step_s or 0.0, 0.1))
+        if offset:
+            out.append(f"poses: their clock seems to differ by {offset} from the LiDAR's; nothing was shifted")
+        elif poses.covered_share < 1:
+            out.append(f"poses: {1 - poses.covered_share:.0%} of the sweeps lie outside of them; no clips there")
+    if poses.max_step_s is not None and poses.median_step_s is not None and poses.max_step_s > max(0.5, GAP_STEPS * poses.median_step_s):
+        out.append(f"poses: up to {poses.max_step_s:.2f} s apart; no clips across steps of more than 0.5 s")
+    return out + _speed_warnings(poses)
+
+
+def _speed_warnings(poses: PoseTiming) -> list[str]:
+    out: list[str] = []
+    speed = poses.speed_mps
+    if not len(speed):
+        return out
+    seconds = (poses.speed_ns - poses.speed_ns[0]) / 1e9
+    if np.nanmax(speed) > SPEED_LIMIT_MPS:
+        out.append(f"poses: {np.nanmax(speed):.0f} m/s at {seconds[np.nanargmax(speed)]:.1f} s, faster than a car; the trajectory jumps")
+    else:
+        later = np.interp(seconds + SPEED_WINDOW_S, seconds, speed)
+        change = np.abs(later - speed)
+        if change.max() > SPEED_JUMP_MPS:
+            when = seconds[change.argmax()]
+            out.append(f"poses: the speed changes by {change.max():.1f} m/s within {SPEED_WINDOW_S} s at {when:.1f} s; the trajectory jumps")
+    error = poses.speed_error_mps
+    known = np.isfinite(error)
+    if known.any():
+        bad = known & (np.abs(error) > SPEED_TOLERANCE_MPS + SPEED_TOLERANCE_SHARE * np.abs(np.nan_to_num(poses.measured_mps)))
+        if bad.any():
+            worst = np.flatnonzero(bad)[np.abs(error[bad]).argmax()]
+            advice = "stacked sweeps will smear, ingest with --poses refined" if poses.source in ("log", "gnss") else "look at the start of the drive"
+            out.append(
+                f"poses: their speed differs from the measured one by up to {error[worst]:+.2f} m/s (at {seconds[worst]:.1f} s; beyond "
+                f"tolerance in {bad.sum() / known.sum():.0%} of the poses); {advice}"
+            )
+    return out
+
+
+def timing(log: Log) -> Timing:
+    """The report of a log, from its stamps, poses and measured speed alone."""
+    name = log.reference_lidar if log.lidars else None
+    reference = log.sweep_stamps_ns[name] if name is not None and len(log.sweep_stamps_ns[name]) else None
+    sensors = [_sensor(n, "lidar", log.sweep_stamps_ns[n], log.lidars[n].rate_hz, None if n == name else reference) for n in sorted(log.lidars)]
+    sensors += [_sensor(n, "camera", log.image_stamps_ns[n], log.cameras[n].rate_hz, reference) for n in sorted(log.cameras)]
+    ends = [(s.first_ns, s.last_ns) for s in sensors if s.first_ns is not None and s.last_ns is not None]
+    duration = (max(last for _, last in ends) - min(first for first, _ in ends)) / 1e9 if ends else 0.0
+    poses = _poses(log, reference)
+    return Timing(log.id, name, log.stamps, duration, tuple(sensors), poses, tuple(_warnings(log, tuple(sensors), poses, reference)))

@@ -1,0 +1,238 @@
+"""Clusters on the ground plane: local ground, occupancy, connected components, and how well a set of points fits where others were.
+
+Everything here is on square grids of `n` by `n` cells centred on the origin; cell (row, column) holds x, y in
+``[-n/2 * cell + row * cell, ...)``. What lies outside is left out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+# a splat reaches this many cells around an occupied one
+SPLAT_REACH = 3
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def lowest(points, cell, n, out):
+    """Fold the smallest z of points (N,3) into each cell of out (n,n) f32, which the caller fills with inf first."""
+    half = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    for i in range(points.shape[0]):
+        fx, fy = points[i, 0] * per + half, points[i, 1] * per + half
+        if not (fx >= 0 and fx < n and fy >= 0 and fy < n):
+            continue
+        row, column = int(fx), int(fy)
+        if points[i, 2] < out[row, column]:
+            out[row, column] = points[i, 2]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def low_quantile(low, reach, out):
+    """out (n,n): of the finite values of low within reach cells, the one a fifth of the way up: below what stands there, and above
+    a stray reflection from under the road. inf where there is none."""
+    n = low.shape[0]
+    width = 2 * reach + 1
+    values = np.empty(width * width, np.float32)
+    for r in range(n):
+        for c in range(n):
+            count = 0
+            for rr in range(max(r - reach, 0), min(r + reach, n - 1) + 1):
+                for cc in range(max(c - reach, 0), min(c + reach, n - 1) + 1):
+                    value = low[rr, cc]
+                    if value < np.float32(np.inf):
+                        at = count
+                        while at > 0 and values[at - 1] > value:
+                            values[at] = values[at - 1]
+                            at -= 1
+                        values[at] = value
+                        count += 1
+            out[r, c] = values[count // 5] if count else np.float32(np.inf)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def heights(points, ground, cell, out):
+    """out (N,) f32: z over the ground of the point's cell; NaN outside the grid or where no ground is known."""
+    n = ground.shape[0]
+    half = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    for i in range(points.shape[0]):
+        fx, fy = points[i, 0] * per + half, points[i, 1] * per + half
+        out[i] = np.nan
+        if fx >= 0 and fx < n and fy >= 0 and fy < n:
+            floor = ground[int(fx), int(fy)]
+            if floor < np.float32(np.inf):
+                out[i] = points[i, 2] - floor
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def cells_of(points, cell, n, out):
+    """out (N,) i32: row * n + column of each point, -1 outside."""
+    half = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    for i in range(points.shape[0]):
+        fx, fy = points[i, 0] * per + half, points[i, 1] * per + half
+        if fx >= 0 and fx < n and fy >= 0 and fy < n:
+            out[i] = int(fx) * n + int(fy)
+        else:
+            out[i] = -1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def components(occupied, near_cells, out):
+    """Label connected components of occupied (n,n) bool into out (n,n) i32, from 0; -1 elsewhere; returns how many. Cells are connected
+    with their 8 neighbours, and across one empty cell where they are farther than near_cells from the centre of the grid."""
+    n = occupied.shape[0]
+    out[:, :] = -1
+    stack = np.empty(n * n, np.int32)
+    count = 0
+    for r0 in range(n):
+        for c0 in range(n):
+            if not occupied[r0, c0] or out[r0, c0] >= 0:
+                continue
+            out[r0, c0] = count
+            stack[0] = r0 * n + c0
+            depth = 1
+            while depth:
+                depth -= 1
+                r, c = stack[depth] // n, stack[depth] % n
+                dr, dc = r - n // 2, c - n // 2
+                reach = 1 if dr * dr + dc * dc < near_cells * near_cells else 2
+                for rr in range(max(r - reach, 0), min(r + reach, n - 1) + 1):
+                    for cc in range(max(c - reach, 0), min(c + reach, n - 1) + 1):
+                        if occupied[rr, cc] and out[rr, cc] < 0:
+                            out[rr, cc] = count
+                            stack[depth] = rr * n + cc
+                            depth += 1
+            count += 1
+    return count
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def splat(points, keep, cell, sigma, out):
+    """Fold into out (n,n) u8, per cell, the largest 255 exp(-d²/2 sigma²) over occupied cells at distance d (of cell centres) within
+    SPLAT_REACH cells. points (N,3), keep (N,) bool: which of them count."""
+    n = out.shape[0]
+    half = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    width = 2 * SPLAT_REACH + 1
+    kernel = np.empty((width, width), np.uint8)
+    for r in range(width):
+        for c in range(width):
+            d2 = ((r - SPLAT_REACH) ** 2 + (c - SPLAT_REACH) ** 2) * cell * cell
+            kernel[r, c] = np.uint8(255.0 * np.exp(-0.5 * d2 / (sigma * sigma)))
+    for i in range(points.shape[0]):
+        if not keep[i]:
+            continue
+        fx, fy = points[i, 0] * per + half, points[i, 1] * per + half
+        if not (fx >= SPLAT_REACH and fx < n - SPLAT_REACH and fy >= SPLAT_REACH and fy < n - SPLAT_REACH):
+            continue
+        row, column = int(fx), int(fy)
+        if out[row, column] == 255:
+            continue
+        for r in range(width):
+            for c in range(width):
+                at_r, at_c = row + r - SPLAT_REACH, column + c - SPLAT_REACH
+                if kernel[r, c] > out[at_r, at_c]:
+                    out[at_r, at_c] = kernel[r, c]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def overlap(points, vx, vy, turn, times, maps, cell, first):
+    """Mean of maps[k] (n,n) u8 / 255 at points (M,2) moved back to times[k], averaged over sweeps k >= first: each point goes along
+    (vx, vy) t, after a rotation by turn t about the points' mean and with the velocity turning along."""
+    n = maps.shape[1]
+    half = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    m = points.shape[0]
+    mean_x, mean_y = np.float32(0), np.float32(0)
+    for i in range(m):
+        mean_x += points[i, 0]
+        mean_y += points[i, 1]
+    mean_x /= m
+    mean_y /= m
+    total = np.int64(0)
+    for k in range(first, maps.shape[0]):
+        t = times[k]
+        c, s = np.float32(np.cos(turn * t)), np.float32(np.sin(turn * t))
+        hc, hs = np.float32(np.cos(0.5 * turn * t)), np.float32(np.sin(0.5 * turn * t))
+        ox = mean_x + np.float32((vx * hc - vy * hs) * t)
+        oy = mean_y + np.float32((vx * hs + vy * hc) * t)
+        for i in range(m):
+            x, y = points[i, 0] - mean_x, points[i, 1] - mean_y
+            fx = (c * x - s * y + ox) * per + half
+            fy = (s * x + c * y + oy) * per + half
+            if fx >= 0 and fx < n and fy >= 0 and fy < n:
+                total += maps[k, int(fx), int(fy)]
+    return total / (255.0 * m * (maps.shape[0] - first))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def search(points, times, maps, cell, top, step, first, peaks, scores):
+    """Velocities of a grid of `step` within `top` m/s whose overlap over the sweeps k >= first is a local maximum: the best
+    len(peaks) of them go to peaks (P,2) and scores (P,), best first (unused: score -1)."""
+    half = int(top / step)
+    width = 2 * half + 1
+    grid = np.full((width, width), np.float32(-1))
+    n = maps.shape[1]
+    middle = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    m = points.shape[0]
+    for a in range(width):
+        for b in range(width):
+            vx, vy = (a - half) * step, (b - half) * step
+            if vx * vx + vy * vy > top * top:
+                continue
+            total = np.int64(0)
+            for k in range(first, maps.shape[0]):
+                ox, oy = np.float32(vx * times[k]) * per + middle, np.float32(vy * times[k]) * per + middle
+                for i in range(m):
+                    fx, fy = points[i, 0] * per + ox, points[i, 1] * per + oy
+                    if fx >= 0 and fx < n and fy >= 0 and fy < n:
+                        total += maps[k, int(fx), int(fy)]
+            grid[a, b] = total / (255.0 * m * (maps.shape[0] - first))
+    scores[:] = -1
+    for a in range(1, width - 1):
+        for b in range(1, width - 1):
+            value = grid[a, b]
+            if value <= scores[-1] or value <= 0:
+                continue
+            best = True
+            for da in range(-1, 2):
+                for db in range(-1, 2):
+                    other = grid[a + da, b + db]
+                    if other > value or (other == value and (da < 0 or (da == 0 and db < 0))):
+                        best = False
+            if not best:
+                continue
+            at = scores.shape[0] - 1
+            while at > 0 and scores[at - 1] < value:
+                scores[at], peaks[at] = scores[at - 1], peaks[at - 1]
+                at -= 1
+            scores[at] = value
+            peaks[at, 0], peaks[at, 1] = (a - half) * step, (b - half) * step
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def climb(points, start, times, maps, cell, first, steps, with_turn, out):
+    """From start (3,) = vx, vy, turn climb to a maximum of `overlap` by halving steps (L,2) of velocity and turn rate; out (3,);
+    returns its overlap."""
+    out[:] = start
+    best = overlap(points, out[0], out[1], out[2], times, maps, cell, first)
+    for level in range(steps.shape[0]):
+        for _ in range(12):
+            better = best
+            choice, sign = -1, 0.0
+            for axis in range(3 if with_turn else 2):
+                step = steps[level, 0] if axis < 2 else steps[level, 1]
+                for side in (-1.0, 1.0):
+                    out[axis] += side * step
+                    value = overlap(points, out[0], out[1], out[2], times, maps, cell, first)
+                    out[axis] -= side * step
+                    if value > better:
+                        better, choice, sign = value, axis, side
+            if choice < 0:
+                break
+            out[choice] += sign * (steps[level, 0] if choice < 2 else steps[level, 1])
+            best = better
+    return best

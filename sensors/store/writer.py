@@ -1,0 +1,320 @@
+"""Write one log into a store. A log is there whole or not at all; a second writer of it is told who the first is."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensors import files
+from sensors.clips import nearest_index
+from sensors.errors import UsageError, WmError, one_line
+from sensors.geometry import pose_at
+from sensors.records import Image, Labels, Log, RecordError, Sweep
+from sensors.store import format as layout
+from sensors.store.codec import encode, encode_labels
+
+Array = NDArray[Any]
+
+POSE_SLACK_NS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where the originals are that a store refers to instead of copying: the path given to the adapter, and the adapter's name."""
+
+    path: Path
+    dataset: str
+
+
+@dataclass
+class _Index:
+    """The rows of an index while a pack is written."""
+
+    columns: dict[str, list[int | None]] = field(default_factory=dict)
+
+    def add(self, **values: int | None) -> None:
+        for name, value in values.items():
+            self.columns.setdefault(name, []).append(value)
+
+    def bytes(self, types: Mapping[str, str]) -> bytes:
+        return layout.table_bytes({name: self.columns.get(name, []) for name in types}, types)
+
+
+def prepare_store(store: Path) -> None:
+    """Make `store` a store if it is absent or an empty folder; UsageError where it is something else."""
+    marker = store / layout.STORE_FILE
+    if marker.exists():
+        check_store(store)
+        return
+    known = {"logs", "quarantine", ".locks"}
+    if store.exists() and not store.is_dir():
+        raise UsageError(f"{one_line(store)}: not a folder; give another place for the store")
+    if store.is_dir() and any(entry.name not in known and not entry.name.startswith(files.TEMPORARY) for entry in store.iterdir()):
+        raise UsageError(f"{one_line(store)}: neither empty nor a store; give a new folder")
+    files.make_folder(store)
+    try:
+        files.write_json(marker, {"format": layout.STORE_FORMAT, "version": layout.VERSION}, new=True)
+    except files.Exists:
+        check_store(store)
+
+
+def check_store(store: Path) -> None:
+    """BadFile unless `store` is a store that this release reads."""
+    if not (store / layout.STORE_FILE).is_file():
+        raise UsageError(f"{one_line(store)}: not a store (no {layout.STORE_FILE}); make one with `wm ingest`")
+    found = files.read_json(store / layout.STORE_FILE)
+    if not isinstance(found, dict) or found.get("format") != layout.STORE_FORMAT or type(found.get("version")) is not int:
+        raise files.BadFile(f"{one_line(store / layout.STORE_FILE)}: is not the mark of a store; give another folder")
+    if found["version"] != layout.VERSION:
+        raise files.BadFile(f"{one_line(store)}: store version {found['version']}, this release reads version {layout.VERSION}")
+
+
+def write_log(
+    store: Path,
+    log: Log,
+    *,
+    labels: bool = True,
+    lossless: bool = False,
+    reference: Reference | None = None,
+    overwrite: bool = False,
+    options: Mapping[str, str | int | bool] | None = None,
+    source: Mapping[str, str | int] | None = None,
+    step: Callable[[str], None] | None = None,
+    before_commit: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Store a log and give its manifest. What cannot be read is left out and listed in the manifest under `quarantined`.
+
+    labels: also what `log.open_labels` gives, apart. lossless: coordinates to the bit. reference: no payloads, only where they are.
+    overwrite: where the log is stored already, write its next generation (else `files.Exists`). options and source
+    ({digest, files, bytes}) go into the manifest. step(text) is called before each item; before_commit() last, and either may raise to give up.
+    """
+    prepare_store(store)
+    folder = layout.log_folder(store, log.id)
+    with files.lock(layout.lock_path(store, log.id), f"log {one_line(log.id)}"):
+        numbers = files.generations(folder)
+        if numbers and not overwrite:
+            raise files.Exists(f"log {one_line(log.id)}: in the store already; --overwrite replaces it")
+        try:
+            files.make_folder(folder, root=store)
+            _remove_leftovers(folder, numbers)
+            generation = max(numbers, default=0) + 1
+            with files.new_folder(folder) as new:
+                manifest = _Writer(new, log, lossless, reference, step or (lambda text: None)).write(labels)
+                manifest["generation"] = generation
+                manifest["options"] = {"lossless": lossless, "labels": labels} | dict(options or {})
+                manifest["source"] = None if source is None else dict(source)
+                manifest["files"] = [vars(entry) for entry in new.entries()]
+                manifest["folder"] = f"{generation:06d}-{files.digest_of({'files': manifest['files']})[:16]}"
+                sealed = files.seal(manifest)
+                layout.check_manifest(files.unseal(sealed, log.id), f"log {one_line(log.id)}, manifest")
+                if before_commit is not None:
+                    before_commit()
+                new.publish(manifest["folder"])
+            files.write_file(files.generation_path(folder, generation), sealed, new=True)
+        except OSError as error:
+            free = shutil.disk_usage(store).free if store.exists() else 0
+            raise WmError(
+                f"{one_line(store)}: log {one_line(log.id)} could not be written ({error.strerror or error}; {free >> 20} MiB free); "
+                "logs stored before are untouched; mend that and run again"
+            ) from error
+    return files.unseal(sealed, log.id)
+
+
+def _remove_leftovers(folder: Path, numbers: list[int]) -> None:
+    """Remove what an interrupted writer of this log left: temporary names, and data folders newer than every manifest."""
+    for entry in sorted(folder.iterdir()):
+        number, _, _ = entry.name.partition("-")
+        newer = entry.is_dir() and number.isascii() and number.isdigit() and int(number) > max(numbers, default=0)
+        if entry.name.startswith(files.TEMPORARY) or newer:
+            files.remove(entry)
+
+
+class _Writer:
+    """Fills the folder of one log."""
+
+    def __init__(self, new: files.NewFolder, log: Log, lossless: bool, reference: Reference | None, step: Callable[[str], None]) -> None:
+        self.new, self.log, self.lossless, self.reference, self.step = new, log, lossless, reference, step
+        self.quarantined: list[dict[str, Any]] = []
+        self.kept: dict[str, Array] = {}
+
+    def write(self, labels: bool) -> dict[str, Any]:
+        log = self.log
+        lidars = {name: layout.lidar_json(lidar) | self._sweeps(name) for name, lidar in log.lidars.items()}
+        cameras = {name: layout.camera_json(camera) | self._images(name) for name, camera in log.cameras.items()}
+        if not any(len(stamps) for stamps in self.kept.values()) and (lidars or cameras):
+            reason = self.quarantined[0]["reason"] if self.quarantined else "it holds none"
+            raise RecordError(f"log {one_line(log.id)}: not one readable sweep or image ({reason})")
+        manifest = layout.log_json(log) | {"lidars": lidars, "cameras": cameras, "labels": None, "frames": self._frames()}
+        manifest |= {"poses": self._poses(), "measured_speed": self._speed()}
+        if labels:
+            manifest["labels"] = self._labels()
+        manifest["reference"] = self.reference and {"path": str(self.reference.path.resolve()), "dataset": self.reference.dataset}
+        counts = Counter({key: int(count) for key, count in log.counts.items() if count > 0})
+        counts.update(f"{row['sensor']}: unreadable, quarantined" for row in self.quarantined)
+        return manifest | {"counts": dict(counts), "quarantined": self.quarantined}
+
+    def _read(self, sensor: str, stamp_ns: int | None, read: Callable[[], Any]) -> Any:
+        """What `read` gives, or None, with the reason put on record, where it is unreadable."""
+        self.step(f"{self.log.id} {sensor}")
+        try:
+            return read()
+        except (RecordError, OSError) as error:
+            self.quarantined.append({"sensor": sensor, "stamp_ns": stamp_ns, "reason": one_line(error)})
+            return None
+
+    def _sweeps(self, name: str) -> dict[str, Any]:
+        index, points = _Index(), 0
+
+        def record_of(sweep: Sweep) -> tuple[bytes, dict[str, int | None]]:
+            nonlocal points
+            points += len(sweep.points)
+            if self.reference is not None:
+                return reference_bytes(sweep), {"points": len(sweep.points)}
+            return encode(sweep, lossless=self.lossless), {"points": len(sweep.points)}
+
+        row = self._pack("lidar", name, index, self.log.sweep_stamps_ns[name], self.log.read_sweep, record_of, layout.SWEEP_COLUMNS)
+        return row | {"sweeps": len(self.kept[name]), "points": points}
+
+    def _images(self, name: str) -> dict[str, Any]:
+        def record_of(image: Image) -> tuple[bytes, dict[str, int | None]]:
+            return image.encoded, {"width": image.width, "height": image.height, "exposure_ns": image.exposure_ns}
+
+        row = self._pack("camera", name, _Index(), self.log.image_stamps_ns[name], self.log.read_image, record_of, layout.IMAGE_COLUMNS)
+        return row | {"images": len(self.kept[name])}
+
+    def _pack(
+        self,
+        kind: str,
+        name: str,
+        index: _Index,
+        stamps: Array,
+        read: Callable[[str, int], Any],
+        record_of: Callable[[Any], tuple[bytes, dict[str, int | None]]],
+        types: Mapping[str, str],
+    ) -> dict[str, Any]:
+        """Every readable item of one sensor, one after the other, and their index."""
+        stem = f"{kind}-{files.safe_name(name)}"
+        kept = []
+        out = None if self.reference else self.new.create(f"{stem}.pack")
+        for i, stamp in enumerate(stamps.tolist()):
+            item = self._read(name, stamp, lambda i=i: read(name, i))  # type: ignore[misc]
+            if item is None:
+                continue
+            if item.stamp_ns != stamp:
+                raise RecordError(f"log {one_line(self.log.id)}, {one_line(name)}: item {i} has stamp {item.stamp_ns}, announced was {stamp}")
+            record, columns = record_of(item)
+            offset = out.append(record) if out else 0
+            index.add(stamp_ns=stamp, source_index=i, offset=offset, length=len(record) if out else 0, crc32=zlib.crc32(record), **columns)
+            kept.append(stamp)
+        if out:
+            out.close()
+        self.new.write(f"{stem}.parquet", index.bytes(types))
+        self.kept[name] = np.array(kept, np.int64)
+        return {"pack": f"{stem}.pack" if out else None, "index": f"{stem}.parquet"}
+
+    def _poses(self) -> str | None:
+        if self.log.poses is None:
+            return None
+        table = {"stamp_ns": self.log.poses.stamps_ns} | _pose_columns(self.log.poses.world_from_ego)
+        self.new.write("poses.parquet", layout.table_bytes(table, layout.POSE_TABLE))
+        return "poses.parquet"
+
+    def _speed(self) -> str | None:
+        if self.log.measured_speed is None:
+            return None
+        stamps, forward = self.log.measured_speed
+        self.new.write("speed.parquet", layout.table_bytes({"stamp_ns": stamps, "forward_mps": forward}, layout.SPEED_TABLE))
+        return "speed.parquet"
+
+    def _frames(self) -> str | None:
+        """The frame table: for each sweep of the reference LiDAR the nearest item of every other sensor within half its period, and the pose."""
+        log = self.log
+        if not log.lidars:
+            return None
+        reference = min(log.lidars, key=lambda name: (-len(self.kept[name]), name))
+        stamps = self.kept[reference]
+        table: dict[str, Any] = {"stamp_ns": stamps}
+        types = {"stamp_ns": "int64"}
+        rates = {name: sensor.rate_hz for name, sensor in log.lidars.items()} | {name: sensor.rate_hz for name, sensor in log.cameras.items()}
+        for name, rate_hz in rates.items():
+            known = self.kept[name]
+            if name == reference or not len(known):
+                continue
+            nearest = nearest_index(known, stamps)
+            skew = known[nearest] - stamps
+            near = np.abs(skew) <= 0.5e9 / rate_hz
+            for column, values in ((f"{name}: index", nearest), (f"{name}: skew_ns", skew)):
+                table[column] = [int(value) if ok else None for value, ok in zip(values, near, strict=True)]
+                types[column] = "int64"
+        if log.poses is not None:
+            inside = (stamps >= log.poses.stamps_ns[0] - POSE_SLACK_NS) & (stamps <= log.poses.stamps_ns[-1] + POSE_SLACK_NS)
+            poses = np.full((len(stamps), 4, 4), np.nan)
+            poses[inside] = pose_at(log.poses, stamps[inside]) if inside.any() else 0
+            table |= _pose_columns(poses)
+            types |= dict.fromkeys(layout.POSE_COLUMNS, "double")
+        self.new.write("frames.parquet", layout.table_bytes(table, types))
+        return "frames.parquet"
+
+    def _labels(self) -> dict[str, Any] | None:
+        labels: Labels | None = self._read("labels", None, self.log.open_labels)
+        if labels is None:
+            return None
+        self.new.write("labels/boxes.parquet", _box_table(labels))
+        points = {}
+        for name in self.log.lidars:
+            if row := self._point_labels(labels, name):
+                points[name] = row
+        return {
+            "boxes": "labels/boxes.parquet",
+            "box_count": len(labels.boxes),
+            "categories": list(labels.categories),
+            "complete_fov_rad": float(labels.complete_fov_rad),
+            "points": points,
+        }
+
+    def _point_labels(self, labels: Labels, name: str) -> dict[str, Any] | None:
+        """Labels of the points of one LiDAR; `index` in their table is that of the stored sweep."""
+        index, records = _Index(), []
+        sources = {int(stamp): i for i, stamp in enumerate(self.log.sweep_stamps_ns[name].tolist())}
+        offset = 0
+        for place, stamp in enumerate(self.kept[name].tolist()):
+            found = self._read("labels", stamp, lambda stamp=stamp: labels.read_point_labels(name, sources[stamp]))  # type: ignore[misc]
+            if found is None:
+                continue
+            record = encode_labels(found)
+            records.append(record)
+            index.add(index=place, stamp_ns=stamp, offset=offset, length=len(record), crc32=zlib.crc32(record))
+            offset += len(record)
+        if not records:
+            return None
+        stem = f"labels/points-{files.safe_name(name)}"
+        self.new.write(f"{stem}.pack", b"".join(records))
+        self.new.write(f"{stem}.parquet", index.bytes(layout.LABEL_COLUMNS))
+        return {"pack": f"{stem}.pack", "index": f"{stem}.parquet", "sweeps": len(records)}
+
+
+def reference_bytes(sweep: Sweep) -> bytes:
+    """What the checksum of a sweep is taken over that a store refers to: points and intensity as float32."""
+    return sweep.points.tobytes() + sweep.intensity.tobytes()
+
+
+def _pose_columns(poses: Array) -> dict[str, Array]:
+    return dict(zip(layout.POSE_COLUMNS, poses[:, :3].reshape(-1, 12).T, strict=True))
+
+
+def _box_table(labels: Labels) -> bytes:
+    boxes = labels.boxes
+    rows = [
+        (b.stamp_ns, b.track, b.category, *b.centre, *b.size, b.yaw_rad, *((None, None) if b.velocity is None else b.velocity), b.points_inside)
+        for b in boxes
+    ]
+    columns: list[Any] = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in layout.BOX_TABLE]
+    return layout.table_bytes(dict(zip(layout.BOX_TABLE, columns, strict=True)), layout.BOX_TABLE)

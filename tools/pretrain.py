@@ -1,0 +1,83 @@
+"""`wm pretrain`: a run folder with weights, curves and a table, from unlabelled data."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "learn from the clips of a store, without labels, into a run folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="+", help="stores, or YAML files of parts of stores; needed unless --resume finds them in the run")
+    parser.add_argument("--config", default="default", help="an overlay by name, or a YAML file (default: default)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="override single keys, e.g. train.steps=400")
+    parser.add_argument("--encoder", default=None, metavar="PKG.MOD:BUILD", help="an encoder of your own")
+    parser.add_argument("-o", "--output", default=None, help="the run folder to make (default: runs/CONFIG)")
+    parser.add_argument("--resume", default=None, metavar="RUN", help="go on with a run from its newest whole checkpoint")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--strict", action="store_true", help="stop where the health alarm sounds or a checkpoint is damaged")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    import dataclasses
+    import os
+    from pathlib import Path
+
+    from sensors.errors import UsageError
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the core that prepares the next batch
+    import torch
+
+    from sensors.data import open_data
+    from sensors.files import lock, read_json, write_json
+    from worldmodel import pretrain, rundir, validation
+    from worldmodel.config import load_config
+    from worldmodel.tools.terminal import print_json, print_table, reporter
+
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if bool(args.resume) and (args.output or args.config != "default" or args.overrides or args.encoder):
+        raise UsageError("--resume goes on with the run's own configuration; leave out --output, --config, --set and --encoder")
+    folder = Path(args.resume or args.output or f"runs/{Path(args.config).stem}")
+    data = args.data
+    if args.resume:
+        config = rundir.read_config(folder)
+        data = data or read_json(folder / "data.json")["data"]
+    else:
+        if not data:
+            raise UsageError("--data is needed: a store made by `wm ingest`, or a YAML file of parts")
+        config = load_config(args.config, args.overrides)
+        if args.encoder:
+            config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, build=args.encoder))
+        autocast, channels_last = validation.probe_bf16(config, device)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, autocast=autocast, channels_last=channels_last))
+    parts = [part for path in data for part in open_data(path)]
+    if not args.resume and rank == 0:
+        rundir.create(folder, config, parts)
+        write_json(folder / "data.json", {"data": [str(Path(d).resolve()) for d in data]})
+    if world > 1:
+        torch.distributed.barrier()
+        config = rundir.read_config(folder)
+    report = reporter("step") if rank == 0 else None
+    if rank == 0:
+        with lock(folder / ".lock", f"run {folder}"):
+            pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict, report=report)
+    else:
+        pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict)
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank:
+        return 0
+    names = ("val/nll_model", "val/nll_evidence_only", "val/nll_model@no_evidence", "val/median_model", "health/rank", "health/skill")
+    last = {name: (rundir.curve(folder, name)[1] or [float("nan")])[-1] for name in names}
+    if args.json:
+        print_json("pretrain", run=str(folder), steps=config.train.steps, validation=last)
+    else:
+        print_table(f"{folder} (held-out clips)", ["measure", "value"], [(name, f"{value:.3f}") for name, value in last.items()])
+    return 0

@@ -1,0 +1,392 @@
+"""Clips -> tensors: the only place where records and torch meet.
+
+A clip is *prepared* once: its past sweeps in the state frame, rays drawn from the present and every future sweep, their evidence. What a
+step sees of it (which rays, turned and mirrored how, what is withheld) is a function of (seed, epoch, position) alone, so that
+workers, caches and restarts do not matter.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sensors import evidence as past_evidence
+from sensors.geometry import inverse, project, rotation_z, transform_points
+from sensors.rays import History, Rays, history_of, rays_of
+from sensors.records import Clip, Frame
+from worldmodel.config import Config, Encoder
+from worldmodel.encoders.contract import Clouds
+from worldmodel.heads.rays import NEAR_ENOUGH_RAD, RayInput
+from worldmodel.model import Batch
+
+Array = NDArray[Any]
+
+CHANGED_M = 0.5  # a ray counts as changed where the newest sweep's nearest reading is farther off
+CHANGED_SHARE = 0.25
+BORDER_RAD = float(np.deg2rad(1.5))
+FULL_WEIGHT_M = 15.0
+
+
+def rng_of(*key: int | str) -> np.random.Generator:
+    """A generator that is a function of its key."""
+    numbers = [zlib.crc32(part.encode()) if isinstance(part, str) else int(part) for part in key]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
+
+
+def state_from_ego(clip: Clip, encoder: Encoder) -> Array:
+    """4x4: the ego frame of t = 0 in the state frame."""
+    return rotation_z(np.deg2rad(encoder.input_yaw_deg)) @ inverse(clip.log.lidars[clip.lidar].ego_from_lidar)
+
+
+@dataclass(frozen=True, eq=False)
+class RayTable:
+    """Rays of several instants as arrays, row by row as `RayInput` has them, and their truth."""
+
+    columns: dict[str, Array]
+
+    def __len__(self) -> int:
+        return len(self.columns["origin"])
+
+    def take(self, rows: Array) -> RayTable:
+        return RayTable({name: column[rows] for name, column in self.columns.items()})
+
+
+RAY_COLUMNS = ("origin", "direction", "step", "horizon_s", "bearing", *past_evidence.FIELDS)
+
+
+def ray_table(history: History, rays: Sequence[Rays], state_from_present: Array, steps: Sequence[int]) -> RayTable:
+    """The rays of several instants with their evidence, in the state frame; steps: 0 for the present, k for the k-th future instant."""
+    parts: dict[str, list[Array]] = {name: [] for name in RAY_COLUMNS}
+    for asked, step in zip(rays, steps, strict=True):
+        found = past_evidence.gather(history, asked)
+        pose = state_from_present @ asked.present_from_sensor
+        d = asked.directions.astype(np.float64)
+        count = len(d)
+        flat = np.maximum(np.hypot(d[:, 0], d[:, 1]), 1e-9)
+        parts["origin"].append(np.repeat(pose[None, :3, 3], count, 0).astype(np.float32))
+        parts["direction"].append((d @ pose[:3, :3].T).astype(np.float32))
+        parts["step"].append(np.full(count, step, np.int64))
+        parts["horizon_s"].append(np.full(count, asked.horizon_s, np.float32))
+        parts["bearing"].append(np.stack((np.arctan2(d[:, 2], flat), d[:, 1] / flat, d[:, 0] / flat), 1).astype(np.float32))
+        for name, column in _near_enough(found).items():
+            parts[name].append(column)
+    return RayTable({name: np.concatenate(columns) for name, columns in parts.items()})
+
+
+def _near_enough(found: past_evidence.Evidence) -> dict[str, Array]:
+    """Evidence without readings that are too far off in angle to say anything; offsets and seen-through in half precision."""
+    far = ~(found.angle < NEAR_ENOUGH_RAD)
+    nearest, interpolated = found.nearest.copy(), found.interpolated.copy()
+    nearest[far] = np.nan
+    interpolated[far & np.isnan(found.quadrants).all(2)] = np.nan
+    angle = np.where(far, np.nan, found.angle)
+    half = np.float16
+    return {"quadrants": found.quadrants, "interpolated": interpolated, "nearest": nearest, "offsets": found.offsets.astype(half),
+            "angle": angle.astype(half), "seen": found.seen.astype(half)}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A clip ready for training: past clouds (N,4) x y z intensity in the state frame, newest first, as `latent_sweeps` asks, and their ages
+    (s); clouds of the future sweeps, thinned; times_s (K,); the ray table with range, intensity, colour and weight beside it."""
+
+    id: str
+    past: tuple[Array, ...]
+    ages_s: Array
+    future: tuple[Array, ...]
+    times_s: Array
+    rays: RayTable
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (*self.past, *self.future, *self.rays.columns.values()))
+
+
+def past_clouds(clip: Clip, history: History, config: Config) -> tuple[tuple[Array, ...], Array]:
+    """Clouds (N,4) f32 of the sweeps that the encoder sees, in the state frame, newest first, thinned to max_points; and their ages (T,) s."""
+    to_state = state_from_ego(clip, config.encoder)
+    clouds, ages = [], []
+    for back in config.model.latent_sweeps:
+        at = len(history.points) - 1 - back
+        points = np.concatenate((transform_points(to_state, history.points[at]), history.intensity[at][:, None]), 1)
+        clouds.append(thinned(points, config.encoder.max_points, rng_of("thin", clip.id, back)))
+        ages.append(-history.times_s[at])
+    return tuple(clouds), np.array(ages)
+
+
+def thinned(points: Array, most: int, rng: np.random.Generator) -> Array:
+    """At most `most` of the points (0: all), in their order; near ones, which lie close together, are the first to go: a point's weight
+    in the draw grows with its distance up to FULL_WEIGHT_M (Efraimidis & Spirakis, 2006)."""
+    if not most or len(points) <= most:
+        return points
+    weight = np.clip(np.hypot(points[:, 0], points[:, 1]) / FULL_WEIGHT_M, 0.1, 1.0)
+    keys = np.log(rng.random(len(points))) / weight
+    return points[np.sort(np.argpartition(keys, -most)[-most:])]
+
+
+def prepare(clip: Clip, config: Config) -> Prepared:
+    """Everything about a clip that does not depend on epoch or augmentation."""
+    history = history_of(clip)
+    to_state = state_from_ego(clip, config.encoder)
+    past, ages = past_clouds(clip, history, config)
+    asked, truth, future = [], [], []
+    for step, frame in enumerate((clip.past[-1], *clip.future)):
+        everything = rays_of(clip, frame, None)
+        drawn, weight = _stratified(history, everything, config.train.stored_rays, rng_of("rays", config.seed, clip.id, step))
+        asked.append(drawn)
+        truth.append({"range": drawn.ranges, "intensity": drawn.intensity, "colour": _colours(clip, frame, drawn), "weight": weight})
+        if step:
+            local = everything.directions * everything.ranges[:, None]
+            points = transform_points(to_state @ everything.present_from_sensor, local)
+            cloud = np.concatenate((points, everything.intensity[:, None]), 1).astype(np.float32)
+            future.append(thinned(cloud, config.encoder.max_points, rng_of("thin future", clip.id, step)))
+    table = ray_table(history, asked, to_state, range(len(asked)))
+    table.columns.update({name: np.concatenate([t[name] for t in truth]) for name in truth[0]})
+    times = np.array([(frame.stamp_ns - clip.stamp_ns) / 1e9 for frame in clip.future])
+    return Prepared(clip.id, past, ages, tuple(future), times, table)
+
+
+def _stratified(history: History, rays: Rays, count: int, rng: np.random.Generator) -> tuple[Rays, Array]:
+    """count of the rays, CHANGED_SHARE of them (if there are so many) where the newest sweep says something else, and weights that undo it."""
+    few = rays.take(np.sort(rng.permutation(len(rays.directions))[: 3 * count]))
+    if len(few.directions) <= count:
+        return few, np.ones(len(few.directions), np.float32)
+    sensor_from_present = inverse(rays.present_from_sensor)
+    reading = past_evidence.newest_view(history, sensor_from_present, rays.horizon_s).nearest(few.directions)[0]
+    changed = ~(np.abs(reading - few.ranges) < CHANGED_M)
+    taken = min(int(changed.sum()), max(int(CHANGED_SHARE * count), round(count * changed.mean())))
+    groups = ((changed, taken), (~changed, count - taken))
+    rows = np.concatenate([rng.permutation(np.flatnonzero(group))[:most] for group, most in groups])
+    share = np.concatenate([np.full(min(most, group.sum()), group.mean() * count / max(most, 1), np.float32) for group, most in groups])
+    return few.take(rows), share
+
+
+def _colours(clip: Clip, frame: Frame, rays: Rays) -> Array:
+    """(R,3) f32 0..1 of the pixels in which cameras saw the returns; NaN where none did. Decoded at the image's own size."""
+    from sensors.errors import WmError
+    from sensors.formats.images import decode
+
+    colours = np.full((len(rays.ranges), 3), np.nan, np.float32)
+    ego_points = transform_points(clip.log.lidars[clip.lidar].ego_from_lidar, rays.directions * rays.ranges[:, None])
+    for name, (index, _) in frame.images.items():
+        camera = clip.log.cameras[name]
+        try:
+            pixels = decode(clip.log.read_image(name, index))
+        except WmError:
+            clip.log.counts[f"{name}: images unreadable, colour left out"] += 1
+            continue
+        places, _, inside = project(camera, transform_points(inverse(camera.ego_from_camera), ego_points))
+        at = np.rint(places[inside]).astype(np.int64)
+        colours[inside] = pixels[at[:, 1], at[:, 0]].astype(np.float32) / 255
+    return colours
+
+
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """One clip in one step, after drawing, augmenting and withholding."""
+
+    id: str
+    past: tuple[Array, ...]
+    present: Array
+    future: Array
+    future_step: int
+    times_s: Array
+    stateful: RayTable
+    prior: RayTable
+
+
+def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augment: bool = True) -> Visit:
+    """What the step at (epoch, position) sees of a clip."""
+    train = config.train
+    rng = rng_of(config.seed, epoch, position, prepared.id)
+    instants = len(prepared.times_s) + 1
+    stateful, prior = [], []
+    for step in range(instants):
+        rows = rng.permutation(np.flatnonzero(prepared.rays.columns["step"] == step))[: train.rays + train.prior_rays]
+        stateful.append(rows[: train.rays])
+        prior.append(rows[train.rays :])
+    tables = [prepared.rays.take(np.concatenate(rows)) for rows in (stateful, prior)]
+    past, future_step = list(prepared.past), int(rng.integers(len(prepared.future))) if prepared.future else 0
+    future = prepared.future[future_step] if prepared.future else np.zeros((0, 4), np.float32)
+    present = np.ones(len(past), bool)
+    for table in tables:
+        table.columns["hidden"] = np.zeros(len(table), bool)
+        table.columns["with_evidence"] = np.ones(len(table), bool)
+    if augment:
+        turn = _turn(rng, config)
+        past = [_turned(points[rng.random(len(points)) >= train.point_drop * rng.random()], turn) for points in past]
+        future = _turned(future, turn)
+        tables = [_turned_rays(table, turn) for table in tables]
+        if rng.random() < train.hidden_share:
+            past, present, tables = _withheld(rng, past, present, tables)
+        for table in tables:
+            _drop_sweep(rng, table, train.sweep_drop, config.model.past)
+        tables[0].columns["with_evidence"] &= rng.random(len(tables[0])) < train.evidence_share
+    for table in tables:
+        readings = np.concatenate((table.columns["quadrants"].reshape(len(table), -1), table.columns["nearest"]), 1)
+        table.columns["with_evidence"] &= (~np.isnan(readings)).any(1)
+    return Visit(prepared.id, tuple(past), present, future, future_step, prepared.times_s, tables[0], tables[1])
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A similarity of the state frame: x -> scale * R(yaw) * diag(1, mirror, 1) * x."""
+
+    yaw_rad: float
+    mirror: float
+    scale: float
+
+    @property
+    def linear(self) -> Array:
+        """(3,3) without the scale."""
+        return rotation_z(self.yaw_rad)[:3, :3] @ np.diag([1.0, self.mirror, 1.0])
+
+
+def _turn(rng: np.random.Generator, config: Config) -> _Turn:
+    train = config.train
+    yaw = rng.uniform(-np.pi, np.pi) if train.rotate else 0.0
+    mirror = -1.0 if train.flip and rng.random() < 0.5 else 1.0
+    return _Turn(float(yaw), mirror, float(1 + train.scale * rng.uniform(-1, 1)))
+
+
+def _turned(points: Array, turn: _Turn) -> Array:
+    xyz = points[:, :3] @ (turn.scale * turn.linear).T.astype(np.float32)
+    return np.concatenate((xyz, points[:, 3:]), 1)
+
+
+def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
+    """Rays, truth and evidence as a mirrored, scaled street would have given them: mirrored quadrants change sides."""
+    c = dict(table.columns)
+    linear = turn.linear.astype(np.float32)
+    c["origin"] = c["origin"] @ (linear.T * np.float32(turn.scale))
+    c["direction"] = c["direction"] @ linear.T
+    for name in ("quadrants", "interpolated", "nearest", "range", "seen"):
+        c[name] = (c[name] * turn.scale).astype(c[name].dtype)
+    if turn.mirror < 0:
+        other_side = [1, 0, 3, 2]
+        c["quadrants"] = c["quadrants"][:, :, other_side]
+        c["offsets"] = c["offsets"][:, :, other_side] * np.array([-1, 1], c["offsets"].dtype)
+        c["bearing"] = c["bearing"] * np.array([1, -1, 1], np.float32)
+    return RayTable(c)
+
+
+def _withheld(
+    rng: np.random.Generator, past: list[Array], present: Array, tables: list[RayTable]
+) -> tuple[list[Array], Array, list[RayTable]]:
+    """A sector, a block or the newest sweep taken out of all past input and of the evidence; rays that end there are marked hidden."""
+    kind = rng.choice(["sector", "block", "sweep"], p=[0.55, 0.3, 0.15])
+    if kind == "sweep":
+        present = present.copy()
+        present[0] = False
+        past = [points[:0] if i == 0 else points for i, points in enumerate(past)]
+        for table in tables:
+            _forget(table, np.ones(len(table), bool), 0)
+        return past, present, tables
+    if kind == "sector":
+        centre, half = rng.uniform(-np.pi, np.pi), np.deg2rad(rng.uniform(15, 45))
+
+        def inside(xy: Array, margin: float) -> Array:
+            return np.abs((np.arctan2(xy[..., 1], xy[..., 0]) - centre + np.pi) % (2 * np.pi) - np.pi) <= half + margin
+    else:
+        distance, bearing, radius = rng.uniform(5, 30), rng.uniform(-np.pi, np.pi), rng.uniform(2.5, 7)
+        middle = distance * np.array([np.cos(bearing), np.sin(bearing)])
+
+        def inside(xy: Array, margin: float) -> Array:
+            return np.hypot(xy[..., 0] - middle[0], xy[..., 1] - middle[1]) <= radius * (1 + margin * 5)
+
+    past = [points[~inside(points[:, :2], 0.0)] for points in past]
+    for table in tables:
+        c = table.columns
+        o, d = c["origin"][:, None, :2], c["direction"][:, None, :2]
+        end = (c["origin"] + c["direction"] * c["range"][:, None])[:, :2]
+        c["hidden"] = inside(end, 0.0)
+        for name in ("interpolated", "nearest"):
+            place = o + d * np.nan_to_num(c[name])[:, :, None]
+            c[name] = np.where(inside(place, BORDER_RAD), np.nan, c[name])
+        place = o[:, :, None] + d[:, :, None] * np.nan_to_num(c["quadrants"])[..., None]
+        c["quadrants"] = np.where(inside(place, BORDER_RAD), np.nan, c["quadrants"])
+        gone = np.isnan(c["nearest"][:, : c["seen"].shape[1]])
+        c["seen"] = np.where(gone[:, :, None], np.nan, c["seen"])
+        c["offsets"] = np.where(np.isnan(c["quadrants"])[..., None], np.nan, c["offsets"]).astype(c["offsets"].dtype)
+        c["angle"] = np.where(np.isnan(c["nearest"]), np.nan, c["angle"])
+    return past, present, tables
+
+
+def _forget(table: RayTable, rows: Array, sweep: int) -> None:
+    """Take one sweep's readings (0 = the newest, whose displaced copies go with it) from the evidence of the given rows (R,) bool."""
+    c = table.columns
+    sweeps = c["seen"].shape[1]
+    slots = [sweep, *range(sweeps, c["nearest"].shape[1])] if sweep == 0 else [sweep]
+    for name in ("quadrants", "interpolated", "nearest", "offsets", "angle"):
+        c[name] = c[name].copy()
+        for slot in slots:
+            c[name][rows, slot] = np.nan
+    c["seen"] = c["seen"].copy()
+    c["seen"][rows, sweep] = np.nan
+    c["seen"][rows, :, sweep] = np.nan
+
+
+def _drop_sweep(rng: np.random.Generator, table: RayTable, share: float, sweeps: int) -> None:
+    which = rng.integers(sweeps, size=len(table))
+    drop = rng.random(len(table)) < share
+    for sweep in range(sweeps):
+        if (drop & (which == sweep)).any():
+            _forget(table, drop & (which == sweep), sweep)
+
+
+def ray_input(table: RayTable, of: Array, device: torch.device | str = "cpu") -> RayInput:
+    """The rays as tensors; of (N,): which clip of the batch each belongs to."""
+
+    def tensor(name: str) -> Tensor:
+        column = table.columns[name]
+        return torch.from_numpy(np.ascontiguousarray(column, np.float32 if column.dtype.kind == "f" else None)).to(device)
+
+    fields = {name: tensor(name) for name in RAY_COLUMNS}
+    if "with_evidence" in table.columns:
+        keep = tensor("with_evidence")
+    else:
+        keep = ~torch.cat((fields["quadrants"].flatten(1), fields["nearest"]), 1).isnan().all(1)
+    return RayInput(of=torch.from_numpy(of).to(device), with_evidence=keep, **fields)
+
+
+def clouds_of(points: Sequence[Array], ages_s: Sequence[float], encoder: Encoder, device: torch.device | str = "cpu") -> Clouds:
+    """Clouds (N,4) x y z intensity with their ages, as the columns that the encoder's `features` name."""
+    columns = {"x": 0, "y": 1, "z": 2, "intensity": 3}
+    rows = []
+    for cloud, age in zip(points, ages_s, strict=True):
+        wanted = [np.full(len(cloud), age, np.float32) if name == "dt" else cloud[:, columns[name]] for name in encoder.features]
+        rows.append(np.stack(wanted, 1).astype(np.float32))
+    sizes = tuple(len(r) for r in rows)
+    return Clouds(torch.from_numpy(np.concatenate(rows) if rows else np.zeros((0, len(encoder.features)), np.float32)).to(device), sizes)
+
+
+def collate(visits: Sequence[Visit], config: Config, device: torch.device | str = "cpu") -> Batch:
+    """Visits -> a batch: the rays that are read with the state first."""
+    tables = [v.stateful for v in visits] + [v.prior for v in visits]
+    of = np.concatenate([np.full(len(t), i % len(visits), np.int64) for i, t in enumerate(tables)])
+    table = RayTable({name: np.concatenate([t.columns[name] for t in tables]) for name in tables[0].columns})
+    encoder = config.encoder
+    ages = [1.0 / config.model.rate_hz * back for back in config.model.latent_sweeps]
+    tensor = lambda name: torch.from_numpy(np.ascontiguousarray(table.columns[name])).to(device)  # noqa: E731
+    return Batch(
+        clouds=clouds_of([p for v in visits for p in v.past], ages * len(visits), encoder, device),
+        present=torch.from_numpy(np.stack([v.present for v in visits])).to(device),
+        times_s=torch.from_numpy(np.stack([v.times_s for v in visits]).astype(np.float32)).to(device),
+        rays=ray_input(table, of, device),
+        stateful=sum(len(v.stateful) for v in visits),
+        ranges=tensor("range").float(),
+        weight=tensor("weight").float(),
+        hidden=tensor("hidden"),
+        intensity=tensor("intensity").float(),
+        colour=tensor("colour").float(),
+        future=clouds_of([v.future for v in visits], [0.0] * len(visits), encoder, device) if len(visits[0].future) else None,
+        future_step=torch.tensor([v.future_step for v in visits], device=device),
+        clips=tuple(v.id for v in visits),
+    )

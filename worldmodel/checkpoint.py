@@ -1,0 +1,133 @@
+"""Checkpoints: `checkpoints/step_000300/` holds the weights, the optimizer and what else a resume needs, as safetensors and JSON, no pickle;
+a manifest with the sha256 of each file is written last. `latest` and `best` are text files that name one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from sensors.errors import WmError, one_line
+from sensors.files import BadFile, check_folder, commit_folder, parse_json, read_whole, write_file
+
+KEEP = 3
+LIMIT_BYTES = 1 << 33
+_NAME = re.compile(r"step_[0-9]{6,9}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's tensors by ``parameter/field``."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    out = {}
+    for parameter, fields in optimizer.state.items():
+        for field, value in fields.items():
+            out[f"{name_of[id(parameter)]}/{field}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return out
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    by_name = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, field = key.rpartition("/")
+        if name not in by_name:
+            raise WmError(f"checkpoint: the optimizer knows {one_line(name)}, the model does not; was the configuration changed?")
+        where = "cpu" if field == "step" else by_name[name].device
+        optimizer.state[by_name[name]][field] = value.to(where)
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> Path:
+    """Write `checkpoints/step_STEP`, point `latest` at it (and `best` where ``state["best"]`` says so), and drop old ones."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise WmError(f"checkpoint at step {step}: {name} holds values that are not finite; lower train.lr and resume from the one before")
+    files = {"model.safetensors": save_tensors(weights, metadata={"format": "pt"}), "state.json": _json({**state, "step": step})}
+    if optimizer is not None:
+        files["optimizer.safetensors"] = save_tensors(optimizer_tensors(optimizer, model))
+    folder = run / "checkpoints"
+    final = folder / f"step_{step:06d}"
+    if final.exists():
+        try:
+            check_folder(final)
+        except WmError:
+            shutil.rmtree(final)
+    if not final.exists():
+        commit_folder(final, files)
+    write_file(folder / "latest", final.name.encode())
+    if state.get("best"):
+        write_file(folder / "best", final.name.encode())
+    _drop_old(folder)
+    return final
+
+
+def _json(state: dict[str, Any]) -> bytes:
+    import json
+
+    return json.dumps(state, allow_nan=False, sort_keys=True).encode()
+
+
+def _named(folder: Path, pointer: str) -> str | None:
+    try:
+        name = read_whole(folder / pointer, 64).decode("ascii", "replace").strip()
+    except WmError:
+        return None
+    if not _NAME.fullmatch(name):
+        raise BadFile(f"{one_line(folder / pointer)}: names {one_line(repr(name))}, not a checkpoint; delete it and resume")
+    return name
+
+
+def _drop_old(folder: Path) -> None:
+    keep = {_named(folder, "best"), _named(folder, "latest")}
+    steps = sorted(p.name for p in folder.iterdir() if _NAME.fullmatch(p.name))
+    for name in steps[:-KEEP]:
+        if name not in keep:
+            shutil.rmtree(folder / name)
+
+
+def load(run: Path, which: str = "best") -> Checkpoint:
+    """The checkpoint that `best` (falling back to `latest`) or `latest` names, or a step's own name; every digest is checked."""
+    folder = run / "checkpoints"
+    name = which if _NAME.fullmatch(which) else _named(folder, which) or _named(folder, "latest")
+    if name is None:
+        raise WmError(f"{one_line(run)}: no checkpoint yet; is it a run folder, and did `wm pretrain` get far enough?")
+    return read(folder / name)
+
+
+def latest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    folder = run / "checkpoints"
+    bad: list[str] = []
+    for name in sorted((p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True) if folder.is_dir() else []:
+        try:
+            return read(folder / name), bad
+        except WmError as error:
+            bad.append(str(error))
+    return None, bad
+
+
+def read(folder: Path) -> Checkpoint:
+    check_folder(folder)
+    state = parse_json(read_whole(folder / "state.json", 1 << 26), f"{folder.name}/state.json")
+    try:
+        weights = load_tensors(read_whole(folder / "model.safetensors", LIMIT_BYTES))
+        path = folder / "optimizer.safetensors"
+        optimizer = load_tensors(read_whole(path, LIMIT_BYTES)) if path.exists() else {}
+    except SafetensorError as error:
+        raise BadFile(f"{one_line(folder)}: {one_line(error)}; resume falls back to the checkpoint before") from error
+    return Checkpoint(int(state["step"]), weights, optimizer, state)

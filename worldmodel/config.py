@@ -1,0 +1,245 @@
+"""Configuration: one complete file of defaults, a short overlay by name, `key=value` overrides; types are checked, unknown keys refused.
+
+The defaults stand in ``configs/default.yaml`` alone. What a run was made with is written back complete, as ``config.yaml`` of its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from sensors.errors import UsageError, one_line
+
+MAX_CELLS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The pillar encoder, named and counted as OpenPCDet's PillarVFE and BaseBEVBackbone are. low, high (3) and voxel (3) in metres, in the
+    LiDAR's frame, turned by input_yaw_deg first (90: x right, y forward, as nuScenes' LIDAR_TOP has it). features: what a point carries, of
+    x y z intensity dt. time_s: what dt is multiplied with. padded_slots: the hard VFE's rule, in which empty slots compete in the
+    maximum; max_points_per_pillar and max_pillars are its caps (0: none). max_points: a sweep is thinned to so many (0: not)."""
+
+    build: str
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    voxel: tuple[float, ...]
+    features: tuple[str, ...]
+    input_yaw_deg: float
+    pfn_widths: tuple[int, ...]
+    padded_slots: bool
+    max_points_per_pillar: int
+    max_pillars: int
+    max_points: int
+    layers: tuple[int, ...]
+    strides: tuple[int, ...]
+    widths: tuple[int, ...]
+    upsample_strides: tuple[float, ...]
+    upsample_widths: tuple[int, ...]
+    bn_eps: float
+    bn_momentum: float
+
+    def __post_init__(self) -> None:
+        if not len(self.layers) == len(self.strides) == len(self.widths) == len(self.upsample_strides) == len(self.upsample_widths):
+            raise UsageError("encoder: layers, strides, widths, upsample_strides and upsample_widths are one entry a block each")
+        if any(high <= low or size <= 0 for low, high, size in zip(self.low, self.high, self.voxel, strict=True)):
+            raise UsageError("encoder: low, high and voxel are (x, y, z) with high above low and voxel above 0")
+        if not set(self.features) <= {"x", "y", "z", "intensity", "dt"} or self.features[:3] != ("x", "y", "z"):
+            raise UsageError(f"encoder.features: {list(self.features)}; x, y, z come first, then any of intensity, dt")
+        if self.grid[0] * self.grid[1] > MAX_CELLS:
+            raise UsageError(f"encoder: {self.grid[0]}x{self.grid[1]} pillars, more than {MAX_CELLS}; raise voxel or narrow low..high")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Pillars along x and along y."""
+        return round((self.high[0] - self.low[0]) / self.voxel[0]), round((self.high[1] - self.low[1]) / self.voxel[1])
+
+
+@dataclass(frozen=True)
+class Model:
+    """past, future: frames of a clip at rate_hz. latent_sweeps: which past sweeps the encoder sees (0 = the newest, 1 = the one before ...).
+    channels: of the state. head_*: see `worldmodel.heads.rays.RayHead`."""
+
+    past: int
+    future: int
+    rate_hz: float
+    latent_sweeps: tuple[int, ...]
+    channels: int
+    dynamics_width: int
+    head_width: int
+    head_bins: int
+    head_latent_width: int
+
+
+@dataclass(frozen=True)
+class Train:
+    """clips per step; rays read with the state and without it, per clip and instant; every_s: spacing of the clips' t = 0; stored_rays: drawn
+    once per clip and instant, of which each visit takes some. hidden_share: of the clips get a region hidden; evidence_share: of the
+    rays with state keep their evidence; sweep_drop: chance that a ray loses the evidence of one past sweep. validation: share of the
+    clips held out, whole logs where there are several. cache_gb: memory for prepared clips. autocast: auto, bf16 or off."""
+
+    steps: int
+    seconds: float
+    clips: int
+    rays: int
+    prior_rays: int
+    stored_rays: int
+    every_s: float
+    lr: float
+    weight_decay: float
+    clip_norm: float
+    warmup: int
+    crps_weight: float
+    hidden_share: float
+    evidence_share: float
+    sweep_drop: float
+    rotate: bool
+    flip: bool
+    scale: float
+    point_drop: float
+    validation: float
+    validate_every: int
+    save_every: int
+    freeze_bn_at: float
+    cache_gb: float
+    threads: int
+    autocast: str
+    channels_last: str
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    seed: int
+    encoder: Encoder
+    model: Model
+    train: Train
+    objectives: dict[str, float]
+
+
+def overlays() -> list[str]:
+    """Names that `--config` takes."""
+    folder = importlib.resources.files("worldmodel.configs")
+    return sorted(p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
+    """The defaults, under the overlay `name` (one of `overlays()`, or the path of a YAML file), under `key.sub=value` overrides."""
+    folder = importlib.resources.files("worldmodel.configs")
+    tree = _parse((folder / "default.yaml").read_text(), "default.yaml")
+    if name in overlays():
+        over = _parse((folder / f"{name}.yaml").read_text(), f"{name}.yaml")
+    elif Path(name).is_file():
+        over = _parse(Path(name).read_text(), one_line(name))
+    else:
+        near = difflib.get_close_matches(name, overlays(), 1)
+        raise UsageError(f"config {one_line(name)!r}: neither a file nor one of {', '.join(overlays())}{_hint(near)}")
+    tree = _merged(tree, {"name": Path(name).stem, **over}, "", name)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {one_line(override)!r}: give key.sub=value")
+        nested: Any = _scalar(value, key)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        tree = _merged(tree, nested, "", f"--set {one_line(override)}")
+    return config_of(tree, name)
+
+
+def config_of(tree: Mapping[str, Any], source: str) -> Config:
+    """The typed configuration of a complete tree; UsageError names the key that is wrong."""
+    return _typed(Config, tree, "", source)  # type: ignore[no-any-return]
+
+
+def tree_of(config: Config) -> dict[str, Any]:
+    """The configuration as plain data: what `config.yaml` of a run holds."""
+    return _plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    if len(text) > 1 << 20:
+        raise UsageError(f"{source}: larger than 1 MiB; it is no configuration")
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{source}: not readable as YAML ({one_line(error, 120)})") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise UsageError(f"{source}: expected keys with values at the top")
+    return tree
+
+
+def _scalar(text: str, key: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {one_line(key)}: {one_line(text)!r} is not readable as a value") from error
+
+
+def _hint(near: list[str]) -> str:
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any], path: str, source: str) -> dict[str, Any]:
+    """`over` laid on `base`; the weights of the objectives are replaced as a whole, everything else key by key."""
+    out = dict(base)
+    for key, value in over.items():
+        here = f"{path}{key}"
+        if key not in base and path != "objectives.":
+            raise UsageError(f"{source}: {one_line(here)} is no key of the configuration{_hint(difflib.get_close_matches(key, list(base), 1))}")
+        if isinstance(base.get(key), Mapping):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{source}: {one_line(here)} has keys of its own")
+            out[key] = _merged(base[key], value, f"{here}.", source)
+        else:
+            out[key] = value
+    return out
+
+
+def _typed(kind: Any, value: Any, path: str, source: str) -> Any:
+    shown = path.rstrip(".") or "configuration"
+    wrong = UsageError(f"{source}: {shown} is {one_line(repr(value), 80)}, expected {getattr(kind, '__name__', kind)}")
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise wrong
+        hints = get_type_hints(kind)
+        if missing := sorted(set(hints) - set(value)):
+            raise UsageError(f"{source}: {path}{missing[0]} is missing")
+        if unknown := sorted(set(value) - set(hints)):
+            near = difflib.get_close_matches(unknown[0], list(hints), 1)
+            raise UsageError(f"{source}: {one_line(path + unknown[0])} is no key of the configuration{_hint(near)}")
+        return kind(**{key: _typed(hint, value[key], f"{path}{key}.", source) for key, hint in hints.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise wrong
+        return tuple(_typed(get_args(kind)[0], item, path, source) for item in value)
+    if get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        return {str(k): _typed(get_args(kind)[1], v, f"{path}{k}.", source) for k, v in value.items()}
+    if kind is float and isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            raise wrong from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise wrong
+    if kind is float and value != value:
+        raise wrong
+    return value

@@ -1,0 +1,35 @@
+"""Roll-out of the state: z_(k+1) = z_k + g(z_k, dt), one step a future frame."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Dynamics(nn.Module):
+    """g works at half the resolution of the state, where a step of motion is one or two cells, and is added back at full resolution."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(channels, width, 3, stride=2, padding=1)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.leave = nn.Conv2d(width, channels, 3, padding=1)
+        self.of_dt = nn.Linear(1, width)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+
+    def step(self, state: Tensor, dt_s: Tensor) -> Tensor:
+        """state (B,C,H,W) -> the state dt_s (B,) later."""
+        x = self.enter(state) + self.of_dt(dt_s[:, None].to(state.dtype))[:, :, None, None]
+        x = torch.relu(self.middle(torch.relu(x)))
+        change = self.leave(x)
+        return state + F.interpolate(change, size=state.shape[2:], mode="bilinear", align_corners=False)
+
+    def roll_out(self, state: Tensor, times_s: Tensor) -> Tensor:
+        """States (B,K+1,C,H,W) at t = 0 and at times_s (B,K), ascending."""
+        states, now = [state], torch.zeros_like(times_s[:, 0])
+        for k in range(times_s.shape[1]):
+            states.append(self.step(states[-1], times_s[:, k] - now))
+            now = times_s[:, k]
+        return torch.stack(states, 1)

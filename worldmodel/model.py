@@ -1,0 +1,116 @@
+"""The world model, from the past sweeps of a clip to range distributions along rays; read it from `forward` down.
+
+Everything predicted lives in the *state frame*: the reference LiDAR's at t = 0 (turned about z by the encoder's `input_yaw_deg`). A static
+world stands still in it, ego motion is known geometry, and what has to be learned is what is hidden and what moves. Future poses only
+say from where the sensor will look.
+
+B clips, T past sweeps, K future instants, C channels, H/W cells, N rays, L of them read with the state, P positions along a ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from worldmodel.config import Config
+from worldmodel.dynamics import Dynamics
+from worldmodel.encoders.contract import Clouds, build_encoder
+from worldmodel.fusion import Fusion
+from worldmodel.heads.rays import Mixture, RayHead, RayInput
+from worldmodel.sampling import sample_maps
+
+MOVED_COPIES = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """clouds: B*T past sweeps, clip by clip, newest first; present (B,T) bool: which of them are there (a withheld one has no points);
+    times_s (B,K): future instants. rays: N rays, of which the first `stateful` are read with the state. ranges (N,): the truth, NaN where
+    unknown; weight (N,); hidden (N,) bool: the truth lies in a region withheld from all past input; intensity (N,), colour (N,3): of the
+    return, NaN where unknown. future: clouds of the true future sweep at index future_step (B,) of times_s, or None. clips: their ids."""
+
+    clouds: Clouds
+    present: Tensor
+    times_s: Tensor
+    rays: RayInput
+    stateful: int
+    ranges: Tensor
+    weight: Tensor
+    hidden: Tensor
+    intensity: Tensor
+    colour: Tensor
+    future: Clouds | None
+    future_step: Tensor
+    clips: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """latents (B,T,C',H,W) of the encoder; states (B,K+1,C,H,W); model: mixtures of the first `stateful` rays, prior: of all rays."""
+
+    latents: Tensor
+    states: Tensor
+    model: Mixture
+    prior: Mixture
+
+
+class WorldModel(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        model = config.model
+        self.config = config
+        self.encoder = build_encoder(config.encoder)
+        self.cell_m = float(self.encoder.cell_m)  # type: ignore[arg-type]
+        latent = int(self.encoder.channels)  # type: ignore[arg-type]
+        self.fusion = Fusion(latent, len(model.latent_sweeps), model.channels)
+        self.dynamics = Dynamics(model.channels, model.dynamics_width)
+        self.rays = RayHead(model.past, model.past + MOVED_COPIES, model.head_bins, model.head_width, model.channels, model.head_latent_width)
+        self.future_latent = nn.Sequential(nn.Conv2d(model.channels, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, latent, 1))
+
+    def forward(self, batch: Batch) -> Output:
+        latents = self.encode(batch.clouds, batch.present.shape[1])
+        states = self.dynamics.roll_out(self.fusion(latents, batch.present), batch.times_s)
+        position, raw, kind, candidate, hidden = self.rays.prior(batch.rays)
+        prior = self.rays.mixture(position, raw, candidate)
+        model = self.read(states, batch.rays, batch.stateful, position, raw, kind, candidate, hidden)
+        return Output(latents, states, model, prior)
+
+    def encode(self, clouds: Clouds, sweeps: int) -> Tensor:
+        """Latents (B,T,C',H,W) of B*T clouds."""
+        latents: Tensor = self.encoder(clouds)
+        return latents.unflatten(0, (-1, sweeps))
+
+    def encode_target(self, clouds: Clouds) -> Tensor:
+        """Latents (B,C',H,W) of clouds as a target: no gradient, and batch statistics are used without being counted."""
+        norms = [m for m in self.encoder.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and m.training]
+        for norm in norms:
+            norm.track_running_stats = False
+        try:
+            return self.encoder(clouds)  # type: ignore[no-any-return]
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
+    def read(
+        self, states: Tensor, rays: RayInput, count: int, position: Tensor, raw: Tensor, kind: Tensor, candidate: Tensor, hidden: Tensor
+    ) -> Mixture:
+        """The first `count` rays with what the states (B,K+1,C,H,W) add to their prior."""
+        rays = rays.take(slice(0, count))
+        position, raw, kind, candidate, hidden = position[:count], raw[:count], kind[:count], candidate[:count], hidden[:count]
+        sampled = self.sample(states, rays, position)
+        change = self.rays.correction(rays, sampled, position, raw, kind, hidden)
+        absent = raw[:, :1] <= -29.0
+        corrected = raw.detach() + change[:, :3].masked_fill(absent, 0.0)
+        return self.rays.mixture(position, corrected, candidate, change[:, 3:])
+
+    def sample(self, states: Tensor, rays: RayInput, position: Tensor) -> Tensor:
+        """(L,P,C): each ray's state where its positions (L,P) lie."""
+        maps = states.permute(0, 1, 3, 4, 2).flatten(0, 1)
+        low = self.config.encoder.low
+        x = rays.origin[:, :1] + rays.direction[:, :1] * position
+        y = rays.origin[:, 1:2] + rays.direction[:, 1:2] * position
+        places = torch.stack(((y - low[1]) / self.cell_m - 0.5, (x - low[0]) / self.cell_m - 0.5), 2)
+        of = (rays.of * states.shape[1] + rays.step)[:, None].expand(-1, position.shape[1])
+        return sample_maps(maps, of.reshape(-1), places.reshape(-1, 2)).unflatten(0, position.shape)

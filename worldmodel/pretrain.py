@@ -1,0 +1,356 @@
+"""The training loop, and what surrounds it: which clips, in which order, what is written down. No labels are opened here."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import pkgutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sensors.clips import clips_of
+from sensors.data import Part
+from sensors.errors import Interrupted, UsageError, WmError, one_line
+from sensors.records import Clip
+from worldmodel import checkpoint, health, validation
+from worldmodel.batches import Prepared, collate, prepare, rng_of, visit
+from worldmodel.config import Config
+from worldmodel.model import Batch, WorldModel
+from worldmodel.rundir import Journal
+
+Loss = Callable[[WorldModel, Batch, Any], Tensor]
+PREFETCH = 3
+
+
+def objectives(weights: dict[str, float]) -> dict[str, Loss]:
+    """The objectives that have a weight, by name: the function `loss` of each file in `worldmodel.objectives`."""
+    package = importlib.import_module("worldmodel.objectives")
+    known = {m.name for m in pkgutil.iter_modules(package.__path__)}
+    if unknown := sorted(set(weights) - known):
+        raise UsageError(f"objectives.{one_line(unknown[0])}: not one of {', '.join(sorted(known))}")
+    return {name: importlib.import_module(f"worldmodel.objectives.{name}").loss for name in weights}
+
+
+def clips_of_parts(parts: Sequence[Part], config: Config) -> tuple[list[Clip], list[float]]:
+    """Every clip of the data, in order, with the weight of its part."""
+    clips: list[Clip] = []
+    weights: list[float] = []
+    m = config.model
+    for part in parts:
+        found = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, every_s=config.train.every_s,
+                         from_ns=part.from_ns, to_ns=part.to_ns)  # fmt: skip
+        clips += found
+        weights += [part.weight] * len(found)
+    if not clips:
+        raise UsageError(f"the data hold no clip of {m.past} past and {m.future} future frames at {m.rate_hz:g} Hz; are the logs long enough?")
+    return clips, weights
+
+
+def split(clips: Sequence[Clip], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the clips to train on and of those held out. Datasets of four logs and more give whole logs; others the end of each
+    log, without the clips that overlap it."""
+    by_dataset: dict[str, dict[str, list[int]]] = {}
+    for index, clip in enumerate(clips):
+        by_dataset.setdefault(clip.log.dataset, {}).setdefault(clip.log.id, []).append(index)
+    train: list[int] = []
+    held: list[int] = []
+    for dataset, logs in by_dataset.items():
+        if len(logs) >= 4:
+            names = sorted(logs)
+            out = set(rng_of(seed, "split", dataset).choice(names, max(1, round(share * len(names))), replace=False).tolist()) if share > 0 else set()
+            for name, indices in logs.items():
+                (held if name in out else train).extend(indices)
+            continue
+        for indices in logs.values():
+            count = max(1, round(share * len(indices))) if share > 0 and len(indices) > 3 else 0
+            ending = indices[len(indices) - count :]
+            held += ending
+            first = clips[ending[0]].past[0].stamp_ns if ending else 2**62
+            train += [i for i in indices if i not in set(ending) and (clips[i].future or clips[i].past)[-1].stamp_ns < first]
+    return train, held
+
+
+class Source:
+    """Batches as a function of the step: clips are prepared once, kept while memory lasts, and drawn anew at each visit."""
+
+    def __init__(self, clips: Sequence[Clip], weights: Sequence[float], config: Config, *, rank: int = 0, world: int = 1) -> None:
+        self.clips, self.weights, self.config = clips, np.asarray(weights, float), config
+        self.rank, self.world = rank, world
+        self.kept: dict[int, Prepared] = {}
+        self.bytes = 0
+        self.unreadable: dict[str, str] = {}
+        self.orders: dict[int, list[int]] = {}
+
+    def prepared(self, index: int) -> Prepared:
+        found = self.kept.get(index)
+        if found is None:
+            found = prepare(self.clips[index], self.config)
+            if self.bytes + found.nbytes < self.config.train.cache_gb * 2**30:
+                self.kept[index] = found
+                self.bytes += found.nbytes
+        return found
+
+    def order(self, epoch: int) -> list[int]:
+        """Every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, epoch)."""
+        if epoch not in self.orders:
+            rng = rng_of(self.config.seed, "order", epoch)
+            times = np.floor(self.weights + rng.random(len(self.weights))).astype(int)
+            order = rng.permutation(np.repeat(np.arange(len(times)), times)).tolist()
+            self.orders = {epoch: order or [int(np.argmax(self.weights))]}
+        return self.orders[epoch]
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, clip index) of a position in the endless stream."""
+        epoch = 0
+        while position >= len(self.order(epoch)):
+            position -= len(self.order(epoch))
+            epoch += 1
+        return epoch, self.order(epoch)[position]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step on this rank. A clip that turns out unreadable is counted and the next one in the list takes its place."""
+        visits = []
+        for slot in range(self.config.train.clips):
+            position = (step * self.world + self.rank) * self.config.train.clips + slot
+            epoch, index = self.at(position)
+            for attempt in range(len(self.clips)):
+                at = (index + attempt) % len(self.clips)
+                if self.clips[at].id in self.unreadable:
+                    continue
+                try:
+                    visits.append(visit(self.prepared(at), self.config, epoch, position))
+                    break
+                except WmError as error:
+                    self.unreadable[self.clips[at].id] = one_line(error)
+            else:
+                raise WmError("no clip of the data is readable; run `wm check` on the store")
+        return collate(visits, self.config)
+
+    def stream(self, first: int, last: int) -> Iterator[Batch]:
+        """Batches first..last-1, the next ones made in a thread meanwhile (the kernels release the interpreter's lock)."""
+        with ThreadPoolExecutor(1) as pool:
+            waiting: list[Future[Batch]] = [pool.submit(self.batch, s) for s in range(first, min(first + PREFETCH, last))]
+            for step in range(first, last):
+                batch = waiting.pop(0).result()
+                if step + PREFETCH < last:
+                    waiting.append(pool.submit(self.batch, step + PREFETCH))
+                try:
+                    yield batch
+                except GeneratorExit:
+                    for future in waiting:
+                        future.cancel()
+                    raise
+
+
+def parameter_groups(model: WorldModel, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The prior part of the ray head learns fastest; norms, biases and embeddings are not decayed."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        fast = name.startswith(("rays.evidence", "rays.blind"))
+        decay = weight_decay if parameter.ndim > 1 and "embedding" not in name else 0.0
+        groups.setdefault((lr if fast else 0.5 * lr, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def schedule(progress: float, warm: float) -> float:
+    """Share of the peak learning rate: linear warm-up, then half a cosine down to 1 %."""
+    if progress < warm:
+        return max(progress / max(warm, 1e-9), 1e-3)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm) / max(1 - warm, 1e-9))))
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """A list that names the signal once SIGINT or SIGTERM arrived; a second one acts at once."""
+    arrived: list[str] = []
+
+    def note(number: int, frame: object) -> None:
+        if arrived:
+            raise Interrupted(f"stopped at once by a second {signal.Signals(number).name}; the last checkpoint stands")
+        arrived.append(signal.Signals(number).name)
+
+    try:
+        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        yield arrived
+        return
+    try:
+        yield arrived
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _average_gradients(model: nn.Module, world: int) -> None:
+    if world == 1:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat)
+    flat /= world
+    at = 0
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        parameter.grad = flat[at : at + grad.numel()].view_as(grad).clone()
+        at += grad.numel()
+
+
+def _average_buffers(model: nn.Module, world: int) -> None:
+    if world == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= world
+
+
+def train(
+    parts: Sequence[Part],
+    config: Config,
+    run: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    strict: bool = False,
+    report: Callable[[int, int, str], None] | None = None,
+) -> Path:
+    """Train in the run folder (which holds config.yaml) from step 0, or from its newest whole checkpoint with resume; gives the folder.
+
+    Raises Interrupted after saving on SIGINT and SIGTERM, and WmError where the loss stops being finite, or, with strict, where the
+    health alarm sounds."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    tc = config.train
+    torch.set_num_threads(tc.threads)
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    clips, weights = clips_of_parts(parts, config)
+    train_rows, held_rows = split(clips, tc.validation, config.seed)
+    if not train_rows:
+        raise UsageError("nothing is left to train on after holding clips out; set train.validation=0 or give longer logs")
+    source = Source([clips[i] for i in train_rows], [weights[i] for i in train_rows], config, rank=rank, world=world)
+    held = validation.HeldOut([clips[i] for i in held_rows], config)
+    model = WorldModel(config).to(device)
+    if tc.channels_last == "on":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(parameter_groups(model, tc.lr, tc.weight_decay), betas=(0.9, 0.98))
+    losses = objectives(config.objectives)
+    first, elapsed, best, random_rank = 0, 0.0, math.inf, math.nan
+    if resume:
+        newest, bad = checkpoint.latest_whole(run)
+        for line in bad:
+            if strict:
+                raise WmError(line)
+            if report:
+                report(0, tc.steps, f"skipped a checkpoint: {line}")
+        if newest is not None:
+            model.load_state_dict(newest.weights)
+            checkpoint.restore_optimizer(optimizer, model, newest.optimizer)
+            first, elapsed = newest.step, float(newest.state["elapsed_s"])
+            best, random_rank = float(newest.state["best_loss"] or math.inf), float(newest.state["random_rank"] or math.nan)
+    journal = Journal(run, first, enabled=rank == 0)
+    autocast = torch.autocast(device.type, torch.bfloat16) if tc.autocast == "bf16" else nullcontext()
+    if first == 0 and held.clips:
+        random_rank = held.rank_of(model, autocast, device)
+
+    def save(step: int, measured: dict[str, Any] | None) -> None:
+        _average_buffers(model, world)
+        if rank:
+            return
+        nonlocal best
+        is_best = measured is not None and measured["loss"] < best
+        if is_best and measured is not None:
+            best = measured["loss"]
+        state = {"elapsed_s": elapsed, "best_loss": best if math.isfinite(best) else None, "best": is_best,
+                 "random_rank": random_rank if math.isfinite(random_rank) else None, "unreadable": source.unreadable,
+                 "calibration": measured["calibration"] if measured else None}  # fmt: skip
+        checkpoint.save(run, step, model, optimizer, state)
+
+    with _signals() as arrived, journal:
+        started, waited, counted = time.monotonic(), 0.0, 0
+        began = started - elapsed
+        tick = time.monotonic()
+        step = first
+        for batch in source.stream(first, tc.steps):
+            waited += time.monotonic() - tick
+            batch = validation.to(batch, device)
+            progress = max(step / tc.steps, elapsed / tc.seconds if tc.seconds else 0.0)
+            _set_mode(model, progress < tc.freeze_bn_at)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(progress, tc.warmup / tc.steps)
+            with autocast:
+                output = model(batch)
+                terms = {name: loss(model, batch, output) for name, loss in losses.items()}
+            assert terms.keys() == config.objectives.keys()
+            total = torch.stack([config.objectives[name] * term.float() for name, term in terms.items()]).sum()
+            if not torch.isfinite(total):
+                wrong = [name for name, term in terms.items() if not torch.isfinite(term)]
+                raise WmError(f"step {step}: {', '.join(wrong) or 'the loss'} is not finite on clips {', '.join(batch.clips)}; "
+                              "lower train.lr, or look at these clips with `wm check`, and resume")  # fmt: skip
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]
+            _average_gradients(model, world)
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), tc.clip_norm, error_if_nonfinite=False))
+            if math.isfinite(norm):
+                optimizer.step()
+            step += 1
+            counted += 1
+            elapsed = time.monotonic() - began
+            scalars = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
+            scalars |= {"train/loss": float(total.detach()), "train/lr": optimizer.param_groups[0]["lr"], "train/grad_norm": norm,
+                        "train/clips_per_s": counted * tc.clips * world / max(time.monotonic() - started, 1e-9), "data/wait_share": waited / max(time.monotonic() - started, 1e-9),
+                        "sys/memory_gib": memory_gib()}  # fmt: skip
+            journal.write(step, elapsed, scalars)
+            over = step >= tc.steps or bool(tc.seconds and elapsed >= tc.seconds)
+            stop = bool(arrived) or over
+            if report:
+                report(step, tc.steps, "  ".join(f"{n.split('/')[1]} {scalars[n]:.3f}" for n in scalars if n.startswith("train/") and n[6:] in terms)
+                       + f"  wait {scalars['data/wait_share']:.0%}  {scalars['sys/memory_gib']:.1f} GiB")  # fmt: skip
+            measured = None
+            if held.clips and (over or step % tc.validate_every == 0) and not arrived:
+                measured = held.measure(model, autocast, device)
+                journal.write(step, elapsed, measured["scalars"])
+                journal.pictures(step, held.pictures(model, autocast, device))
+                line = health.alarm(measured["health"], random_rank)
+                if line:
+                    if strict:
+                        save(step, measured)
+                        raise WmError(f"step {step}: {line}")
+                    if report:
+                        report(step, tc.steps, f"ALARM: {line}")
+            if stop or step % tc.save_every == 0 or measured is not None:
+                save(step, measured)
+                journal.flush()
+            if arrived:
+                raise Interrupted(f"{arrived[0]}: saved at step {step}; go on with `wm pretrain --resume {run}`")
+            if over:
+                break
+            tick = time.monotonic()
+    return run
+
+
+def _set_mode(model: nn.Module, norms_learn: bool) -> None:
+    """Training mode; the running statistics of the encoder's norms stand still for the last part of the training, and are used."""
+    model.train()
+    if not norms_learn:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.eval()
+
+
+def memory_gib() -> float:
+    """Resident memory of this process."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except OSError:
+        return math.nan

@@ -1,0 +1,153 @@
+"""A trained model as a library: `worldmodel.load("runs/x").forecast(clip)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sensors.errors import WmError, one_line
+from sensors.rays import History, Rays, hide_sector, history_of, in_sector, rays_of
+from sensors.records import Clip
+from worldmodel import calibration, checkpoint, forecast, rundir
+from worldmodel.batches import clouds_of, past_clouds, ray_input, ray_table, state_from_ego
+from worldmodel.heads.rays import Mixture, RayInput
+from worldmodel.model import WorldModel
+from worldmodel.validation import without_evidence
+
+Array = NDArray[Any]
+
+CHUNK = 8192
+MODEL, EVIDENCE_ONLY, NO_EVIDENCE = "model", "evidence_only", "model@no_evidence"
+
+
+class Trained:
+    """A run's model, ready to answer. `arms`: the model itself, what its evidence says alone, and the model with all evidence withheld."""
+
+    arms = (MODEL, EVIDENCE_ONLY, NO_EVIDENCE)
+
+    def __init__(self, run: Path, which: str = "best", device: str | torch.device = "cpu") -> None:
+        self.run, self.device = run, torch.device(device)
+        self.config = rundir.read_config(run)
+        found = checkpoint.load(run, which)
+        self.step = found.step
+        self.calibration = calibration.checked(found.state.get("calibration"))
+        self.model = WorldModel(self.config)
+        try:
+            self.model.load_state_dict(found.weights)
+        except RuntimeError as error:
+            raise WmError(f"{one_line(run)}: step {found.step} does not fit its config.yaml ({one_line(error, 200)})") from error
+        self.model.to(self.device).eval()
+
+    @property
+    def checkpoint(self) -> str:
+        return f"step_{self.step:06d}"
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.train.autocast == "bf16" else nullcontext()
+
+    @torch.no_grad()
+    def latents(self, clip: Clip, history: History) -> torch.Tensor:
+        """(1,T,C',H,W) f32 of the past sweeps that the encoder sees, newest first."""
+        points, _ = past_clouds(clip, history, self.config)
+        ages = [back / self.config.model.rate_hz for back in self.config.model.latent_sweeps]
+        with self._autocast():
+            return self.model.encode(clouds_of(points, ages, self.config.encoder, self.device), len(points)).float()
+
+    @torch.no_grad()
+    def raw_mixtures(self, clip: Clip, history: History, rays: Sequence[Rays], arms: Sequence[str] = arms) -> dict[str, list[Mixture]]:
+        """Per arm the head's mixtures of each set of rays, calibrated, on the CPU."""
+        ahead = sorted({asked.horizon_s for asked in rays if asked.horizon_s > 1e-6})
+        times = torch.tensor([ahead], dtype=torch.float32, device=self.device)
+        latents = self.latents(clip, history)
+        with self._autocast():
+            present = torch.ones(latents.shape[:2], dtype=torch.bool, device=self.device)
+            states = self.model.dynamics.roll_out(self.model.fusion(latents, present), times)
+        steps = [ahead.index(asked.horizon_s) + 1 if asked.horizon_s > 1e-6 else 0 for asked in rays]
+        out: dict[str, list[Mixture]] = {arm: [] for arm in arms}
+        to_state = state_from_ego(clip, self.config.encoder)
+        for asked, step in zip(rays, steps, strict=True):
+            table = ray_table(history, [asked], to_state, [step])
+            parts: dict[str, list[Mixture]] = {arm: [] for arm in arms}
+            for first in range(0, len(table), CHUNK):
+                rows = np.arange(first, min(first + CHUNK, len(table)))
+                whole = ray_input(table.take(rows), np.zeros(len(rows), np.int64), self.device)
+                for arm, mixture in self._answers(states, whole, arms).items():
+                    temperature, factor = calibration.at(self.calibration, arm, asked.horizon_s)
+                    parts[arm].append(calibration.sharpened(mixture, temperature, factor))
+            for arm in arms:
+                out[arm].append(_joined(parts[arm]))
+        return out
+
+    def _answers(self, states: torch.Tensor, rays: RayInput, arms: Sequence[str]) -> dict[str, Mixture]:
+        head, answers = self.model.rays, {}
+        with self._autocast():
+            if MODEL in arms or EVIDENCE_ONLY in arms:
+                prior = head.prior(rays)
+                if EVIDENCE_ONLY in arms:
+                    answers[EVIDENCE_ONLY] = head.mixture(*prior[:2], prior[3])
+                if MODEL in arms:
+                    answers[MODEL] = self.model.read(states, rays, len(rays.origin), *prior)
+            if NO_EVIDENCE in arms:
+                blind = without_evidence(rays)
+                answers[NO_EVIDENCE] = self.model.read(states, blind, len(rays.origin), *head.prior(blind))
+        return answers
+
+    def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays]) -> dict[str, list[forecast.Mixture]]:
+        """Per arm the range distributions of each set of rays: what evaluation asks for."""
+        return {arm: [_plain(m) for m in mixtures] for arm, mixtures in self.raw_mixtures(clip, history, rays).items()}
+
+    def forecast(self, clip: Clip, hide_sector_rad: tuple[float, float] | None = None, count: int | None = None) -> forecast.Forecast:
+        """Forecast of every future frame of the clip along the rays of its true returns, beside what the baselines say. count: rays a sweep
+        (None: all). hide_sector_rad (centre, width): a sector about the ego that is taken out of all past input; the present is then
+        forecast too, and rays into the sector are marked."""
+        from worldmodel.evaluate import baselines, conditional_quantiles
+
+        history = history_of(clip)
+        frames = [*clip.future]
+        if hide_sector_rad is not None:
+            history = hide_sector(history, *hide_sector_rad)
+            frames = [clip.past[-1], *frames]
+        rays = [rays_of(clip, frame, count) for frame in frames]
+        answers = self.raw_mixtures(clip, history, rays, (MODEL,))[MODEL]
+        futures = []
+        for asked, mixture in zip(rays, answers, strict=True):
+            levels = conditional_quantiles(_plain(mixture), np.array(forecast.LEVELS))
+            local = asked.directions * asked.ranges[:, None]
+            ends = local @ asked.present_from_sensor[:3, :3].T + asked.present_from_sensor[:3, 3]
+            hidden = in_sector(ends, *hide_sector_rad) if hide_sector_rad is not None else None
+            futures.append(forecast.RayForecast(
+                asked.horizon_s, asked.present_from_sensor, asked.directions, levels[:, forecast.LEVELS.index(0.5)].astype(np.float32),
+                levels.astype(np.float32), asked.ranges, {name: predict(history, asked) for name, predict in baselines().items()},
+                _numpy(mixture.intensity), _numpy(mixture.colour), hidden,
+            ))  # fmt: skip
+        return forecast.Forecast(clip.id, self.run.name, history.points, history.times_s, tuple(futures),
+                                 clip.log.poses.source if clip.log.poses else "none", _best_baseline(futures))  # fmt: skip
+
+
+def _best_baseline(futures: Sequence[forecast.RayForecast]) -> str:
+    """The baseline with the least mean error over all instants, a missing answer counting as the farthest."""
+    def error(name: str) -> float:
+        return float(np.mean([np.abs(np.nan_to_num(f.baselines[name], nan=56.0) - f.truth).mean() for f in futures]))
+
+    return min(futures[0].baselines, key=error)
+
+
+def _numpy(value: torch.Tensor | None) -> Array | None:
+    return None if value is None else value.float().cpu().numpy()
+
+
+def _joined(parts: Sequence[Mixture]) -> Mixture:
+    names = ("centre", "scale", "log_mass", "log_left", "intensity", "colour")
+    columns = [[getattr(p, name) for p in parts] for name in names]
+    return Mixture(*(None if column[0] is None else torch.cat(column).float().cpu() for column in columns))  # type: ignore[arg-type]
+
+
+def _plain(mixture: Mixture) -> forecast.Mixture:
+    p = (mixture.log_mass - torch.logsumexp(mixture.log_mass, 1, keepdim=True)).exp()
+    return forecast.Mixture(p.numpy(), mixture.centre.numpy(), mixture.scale.numpy())

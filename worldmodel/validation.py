@@ -1,0 +1,189 @@
+"""The held-out clips of a training: how well ranges are forecast there, how sure the model may be, whether the encoder is healthy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sensors.errors import WmError
+from sensors.kernels.mixture import quantiles
+from sensors.records import Clip
+from worldmodel import calibration, health
+from worldmodel.batches import collate, prepare, visit
+from worldmodel.config import Config
+from worldmodel.heads.rays import Mixture, RayInput
+from worldmodel.model import Batch, WorldModel
+from worldmodel.objectives.future_latent import normalised
+
+MOST_CLIPS = 24
+RAYS = 160
+
+
+def concatenated(parts: Sequence[Mixture]) -> Mixture:
+    return Mixture(*(torch.cat([getattr(p, name) for p in parts]) for name in ("centre", "scale", "log_mass", "log_left")), None, None)  # type: ignore[arg-type]
+
+
+def medians(mixture: Mixture) -> NDArray[Any]:
+    """(N,) f64: the median of each ray's distribution."""
+    p = (mixture.log_mass - torch.logsumexp(mixture.log_mass, 1, keepdim=True)).exp()
+    return np.asarray(quantiles(p.cpu().numpy(), mixture.centre.cpu().numpy(), mixture.scale.cpu().numpy(), np.array([0.5]))[:, 0])
+
+
+class HeldOut:
+    """At most MOST_CLIPS of the clips given, spread over them, as batches of one clip each."""
+
+    def __init__(self, clips: Sequence[Clip], config: Config) -> None:
+        rows = np.unique(np.linspace(0, len(clips) - 1, min(MOST_CLIPS, len(clips))).astype(int)) if clips else []
+        self.clips = [clips[i] for i in rows]
+        self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, rays=RAYS, prior_rays=1))
+        self._batches: list[Batch] | None = None
+
+    @property
+    def batches(self) -> list[Batch]:
+        if self._batches is None:
+            self._batches = []
+            for position, clip in enumerate(self.clips):
+                try:
+                    seen = visit(prepare(clip, self.config), self.config, 0, position, augment=False)
+                except WmError:
+                    continue
+                self._batches.append(collate([seen], self.config))
+        return self._batches
+
+    @torch.no_grad()
+    def rank_of(self, model: WorldModel, autocast: AbstractContextManager[Any], device: torch.device) -> float:
+        """Effective rank of the encoder's latents as they are."""
+        model.eval()
+        with autocast:
+            latents = torch.cat([model.encoder(to(batch, device).clouds)[:1] for batch in self.batches[:8]])
+        return health.measure(latents).rank
+
+    @torch.no_grad()
+    def measure(self, model: WorldModel, autocast: AbstractContextManager[Any], device: torch.device) -> dict[str, Any]:
+        """loss (validation ray_forecast: with evidence and without, averaged), scalars, health and the calibration table."""
+        model.eval()
+        parts: dict[str, list[Mixture]] = {"model": [], "evidence_only": [], "model@no_evidence": []}
+        truth, latents, errors, copies = [], [], 0.0, 0.0
+        for batch in self.batches:
+            batch = to(batch, device)
+            with autocast:
+                output = model(batch)
+                blind = model(dataclasses.replace(batch, rays=without_evidence(batch.rays)))
+            n = batch.stateful
+            parts["model"].append(_first(output.model, n))
+            parts["evidence_only"].append(_first(output.prior, n))
+            parts["model@no_evidence"].append(_first(blind.model, n))
+            truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu()))
+            latents.append(output.latents[:, 0].float().cpu())
+            if batch.future is not None:
+                future, present = normalised(model.encoder(batch.future).float()), normalised(output.latents[:, 0].float())
+                row = torch.arange(len(batch.future_step), device=device)
+                foretold = model.future_latent(output.states.float()[row, batch.future_step + 1]).permute(0, 2, 3, 1)
+                errors += float((foretold - (future - present)).square().sum())
+                copies += float((future - present).square().sum())
+        if not truth:
+            raise WmError("no held-out clip is readable; run `wm check` on the store")
+        ranges, horizon, step = (torch.cat(column) for column in zip(*truth, strict=True))
+        scalars: dict[str, float] = {}
+        table = {}
+        for arm, mixtures in parts.items():
+            joined = concatenated(mixtures)
+            table[arm] = calibration.fit(joined, ranges, horizon, step)
+            error = np.abs(medians(joined) - ranges.numpy())
+            scalars[f"val/nll_{arm}"] = float(-joined.log_density(ranges).mean())
+            scalars[f"val/l1_{arm}"] = float(error.mean())
+            scalars[f"val/median_{arm}"] = float(np.median(error))
+        state = health.measure(torch.cat(latents), 1 - errors / copies if copies > 1e-9 else math.nan)
+        scalars |= state.scalars()
+        loss = 0.5 * (scalars["val/nll_model"] + scalars["val/nll_model@no_evidence"])
+        scalars["val/ray_forecast"] = loss
+        return {"loss": loss, "scalars": scalars, "health": state, "calibration": table}
+
+    @torch.no_grad()
+    def pictures(self, model: WorldModel, autocast: AbstractContextManager[Any], device: torch.device) -> dict[str, NDArray[Any]]:
+        """For TensorBoard, of the first held-out clip: its latent as a picture, and the clouds of truth and forecast at the last horizon."""
+        model.eval()
+        if not self.batches:
+            return {}
+        batch = to(self.batches[0], device)
+        with autocast:
+            output = model(batch)
+        last = batch.rays.step[: batch.stateful] == batch.rays.step.max()
+        rows = torch.nonzero(last)[:, 0]
+        origin, direction = batch.rays.origin[rows].cpu().numpy(), batch.rays.direction[rows].cpu().numpy()
+        mixture = output.model
+        few = Mixture(mixture.centre[rows], mixture.scale[rows], mixture.log_mass[rows], mixture.log_left[rows], None, None)
+        forecast = medians(few)[:, None].astype(np.float32)
+        return {
+            "bev/latent": latent_picture(output.latents[0, 0].float().cpu().numpy()),
+            "clouds/truth": origin + direction * batch.ranges[rows].cpu().numpy()[:, None],
+            "clouds/forecast": origin + direction * forecast,
+        }
+
+
+def latent_picture(latent: NDArray[Any]) -> NDArray[Any]:
+    """(H,W,3) u8: the three strongest principal components of a latent map (C,H,W) as colours, x up and y left."""
+    cells = latent.reshape(len(latent), -1).T
+    cells = cells - cells.mean(0)
+    _, vectors = np.linalg.eigh(cells.T @ cells)
+    shown = cells @ vectors[:, -3:]
+    shown = np.clip(shown / (3 * shown.std(0) + 1e-9) * 0.5 + 0.5, 0, 1)
+    image = (shown * 255).astype(np.uint8).reshape(*latent.shape[1:], 3)
+    return np.ascontiguousarray(image.transpose(1, 0, 2)[::-1, ::-1])
+
+
+def without_evidence(rays: RayInput) -> RayInput:
+    return dataclasses.replace(rays, with_evidence=torch.zeros_like(rays.with_evidence))
+
+
+def _first(mixture: Mixture, count: int) -> Mixture:
+    return Mixture(*(getattr(mixture, name)[:count].float().cpu() for name in ("centre", "scale", "log_mass", "log_left")), None, None)  # type: ignore[arg-type]
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """A batch, or any record of tensors, on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: to(getattr(value, f.name), device) for f in dataclasses.fields(value)})
+    return value
+
+
+def probe_bf16(config: Config, device: torch.device) -> tuple[str, str]:
+    """(autocast, channels_last) as resolved: what is left on `auto` is timed once on a convolution of the state's size, forward and back."""
+    import time
+
+    auto, last = config.train.autocast, config.train.channels_last
+    if auto not in ("auto", "bf16", "off") or last not in ("auto", "on", "off"):
+        from sensors.errors import UsageError
+
+        raise UsageError(f"train.autocast is {auto!r} and train.channels_last {last!r}; they are auto, bf16 or off, and auto, on or off")
+    if "auto" not in (auto, last):
+        return auto, last
+    width = config.encoder.widths[0]
+    ny, nx = config.encoder.grid[1] // config.encoder.strides[0], config.encoder.grid[0] // config.encoder.strides[0]
+    def seconds(bf16: bool, channels_last: bool) -> float:
+        conv = torch.nn.Conv2d(width, width, 3, padding=1, bias=False).to(device)
+        x = torch.randn(2, width, ny, nx, device=device, requires_grad=True)
+        if channels_last:
+            conv, x = conv.to(memory_format=torch.channels_last), x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()  # type: ignore[call-overload]
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                conv(x).float().sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[2:])
+
+    options = [(b, c) for b in ((False, True) if auto == "auto" else (auto == "bf16",)) for c in ((False, True) if last == "auto" else (last == "on",))]
+    best = min(options, key=lambda option: seconds(*option))
+    return ("bf16" if best[0] else "off"), ("on" if best[1] else "off")
