@@ -277,9 +277,7 @@ def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
     return RayTable(c)
 
 
-def _withheld(
-    rng: np.random.Generator, past: list[Array], present: Array, tables: list[RayTable]
-) -> tuple[list[Array], Array, list[RayTable]]:
+def _withheld(rng: np.random.Generator, past: list[Array], present: Array, tables: list[RayTable]) -> tuple[list[Array], Array, list[RayTable]]:
     """A sector, a block or the newest sweep taken out of all past input and of the evidence; rays that end there are marked hidden."""
     kind = rng.choice(["sector", "block", "sweep"], p=[0.55, 0.3, 0.15])
     if kind == "sweep":

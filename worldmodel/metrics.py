@@ -13,7 +13,6 @@ lies there (so that neither inventing something nearby nor leaving it out is fre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,7 +166,10 @@ def metrics_of_sums(sums: Array) -> dict[str, Array]:
         def mean(name: str, over: Array = rays) -> Array:
             return np.where(over > 0, sums[..., AT[name]] / over, np.nan)
 
-        near_forward, near_backward = mean("near_forward", sums[..., AT["near_forward_rays"]]), mean("near_backward", sums[..., AT["near_backward_rays"]])
+        near_forward, near_backward = (
+            mean("near_forward", sums[..., AT["near_forward_rays"]]),
+            mean("near_backward", sums[..., AT["near_backward_rays"]]),
+        )
         # without true points nearby, what was invented there counts alone
         near = np.where(np.isnan(near_backward), near_forward, 0.5 * (near_forward + near_backward))
         pit = sums[..., len(COLUMNS) :] / np.where(rays > 0, rays, np.nan)[..., None]
@@ -186,13 +188,9 @@ def metrics_of_sums(sums: Array) -> dict[str, Array]:
         }
 
 
-def intervals(sums: Array, log_of_clip: Array, draws: int = 400, seed: int = 0) -> Mapping[str, tuple[float, float]]:
-    """95 % intervals of the metrics by bootstrap over logs (with replacement) and the clips within each. sums (K, clips, WIDTH): per horizon
-    and clip; a metric is the mean of its K values. log_of_clip (clips,) i64. Empty with fewer than two clips."""
-    clips = sums.shape[1]
-    if clips < 2:
-        return {}
-    weights = bootstrap_weights(log_of_clip, draws, seed)
+def intervals(sums: Array, weights: Array) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the metrics under drawn weights (draws, clips) of the clips. sums (K, clips, WIDTH): per horizon and clip; a metric
+    is the mean of its K values."""
     values = metrics_of_sums(np.stack([weights @ horizon for horizon in sums]))
     out = {}
     for name, value in values.items():

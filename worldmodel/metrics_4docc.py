@@ -61,9 +61,7 @@ def _angles(points: Array, elevation: str) -> Array:
     return np.stack((azimuth, np.arctan2(points[:, 2], flat), np.ones(len(points))), 1)
 
 
-def ray_errors(
-    forecast: Array, truth: Array, origin: Array, elevation: str = "code", volume: tuple[float, ...] = VOLUME
-) -> tuple[float, float]:
+def ray_errors(forecast: Array, truth: Array, origin: Array, elevation: str = "code", volume: tuple[float, ...] = VOLUME) -> tuple[float, float]:
     """L1 in metres and AbsRel. Each true return takes the range of the forecast point nearest in (azimuth, elevation), laid along its own
     direction; both are clamped to the volume along the ray; rays that miss it add nothing but are counted. NaN without a ray or forecast."""
     if elevation not in ("code", "fixed"):

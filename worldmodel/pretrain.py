@@ -276,7 +276,7 @@ def train(
         checkpoint.save(run, step, model, optimizer, state)
 
     with _signals() as arrived, journal:
-        started, waited, counted = time.monotonic(), 0.0, 0
+        started, waited = time.monotonic(), 0.0
         began = started - elapsed
         tick = time.monotonic()
         step = first
@@ -303,39 +303,49 @@ def train(
             if math.isfinite(norm):
                 optimizer.step()
             step += 1
-            counted += 1
             elapsed = time.monotonic() - began
+            here_s = max(time.monotonic() - started, 1e-9)
             scalars = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
             scalars |= {"train/loss": float(total.detach()), "train/lr": optimizer.param_groups[0]["lr"], "train/grad_norm": norm,
-                        "train/clips_per_s": counted * tc.clips * world / max(time.monotonic() - started, 1e-9), "data/wait_share": waited / max(time.monotonic() - started, 1e-9),
+                        "train/clips_per_s": (step - first) * tc.clips * world / here_s, "data/wait_share": waited / here_s,
                         "sys/memory_gib": memory_gib()}  # fmt: skip
-            journal.write(step, elapsed, scalars)
             over = step >= tc.steps or bool(tc.seconds and elapsed >= tc.seconds)
-            stop = bool(arrived) or over
+            over, stopped = _agreed(over, bool(arrived), world, device)
             if report:
                 report(step, tc.steps, "  ".join(f"{n.split('/')[1]} {scalars[n]:.3f}" for n in scalars if n.startswith("train/") and n[6:] in terms)
                        + f"  wait {scalars['data/wait_share']:.0%}  {scalars['sys/memory_gib']:.1f} GiB")  # fmt: skip
             measured = None
-            if held.clips and (over or step % tc.validate_every == 0) and not arrived:
+            if held.clips and (over or step % tc.validate_every == 0) and not stopped:
                 measured = held.measure(model, autocast, device)
-                journal.write(step, elapsed, measured["scalars"])
+                scalars |= measured["scalars"]
                 journal.pictures(step, held.pictures(model, autocast, device))
                 line = health.alarm(measured["health"], random_rank)
                 if line:
                     if strict:
+                        journal.write(step, elapsed, scalars)
                         save(step, measured)
                         raise WmError(f"step {step}: {line}")
                     if report:
                         report(step, tc.steps, f"ALARM: {line}")
-            if stop or step % tc.save_every == 0 or measured is not None:
+            journal.write(step, elapsed, scalars)
+            if over or stopped or step % tc.save_every == 0 or measured is not None:
                 save(step, measured)
                 journal.flush()
-            if arrived:
-                raise Interrupted(f"{arrived[0]}: saved at step {step}; go on with `wm pretrain --resume {run}`")
+            if stopped:
+                raise Interrupted(f"{(arrived or ['a signal'])[0]}: saved at step {step}; go on with `wm pretrain --resume {run}`")
             if over:
                 break
             tick = time.monotonic()
     return run
+
+
+def _agreed(over: bool, stopped: bool, world: int, device: torch.device) -> tuple[bool, bool]:
+    """What any rank says, all ranks do."""
+    if world == 1:
+        return over, stopped
+    flags = torch.tensor([over, stopped], dtype=torch.int32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags[0]), bool(flags[1])
 
 
 def _set_mode(model: nn.Module, norms_learn: bool) -> None:

@@ -61,6 +61,7 @@ def environment(parts: Sequence[Part]) -> dict[str, Any]:
 
 def strictest(licences: Sequence[str]) -> str:
     """The licence that binds hardest among those of the data: non-commercial and share-alike terms outweigh attribution and none."""
+
     def weight(text: str) -> tuple[int, int, str]:
         upper = text.upper()
         return ("NC" in upper or "NON-COMMERCIAL" in upper or "UNKNOWN" in upper, "SA" in upper, text)
@@ -96,7 +97,7 @@ class Journal:
         self.path = run / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] <= first] if first else []
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.file = open(self.path, "a")  # noqa: SIM115: closed by __exit__
+        self.file = open(self.path, "a")  # noqa: SIM115
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
 
     def __enter__(self) -> Journal:

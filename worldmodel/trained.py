@@ -132,6 +132,7 @@ class Trained:
 
 def _best_baseline(futures: Sequence[forecast.RayForecast]) -> str:
     """The baseline with the least mean error over all instants, a missing answer counting as the farthest."""
+
     def error(name: str) -> float:
         return float(np.mean([np.abs(np.nan_to_num(f.baselines[name], nan=56.0) - f.truth).mean() for f in futures]))
 

@@ -169,6 +169,7 @@ def probe_bf16(config: Config, device: torch.device) -> tuple[str, str]:
         return auto, last
     width = config.encoder.widths[0]
     ny, nx = config.encoder.grid[1] // config.encoder.strides[0], config.encoder.grid[0] // config.encoder.strides[0]
+
     def seconds(bf16: bool, channels_last: bool) -> float:
         conv = torch.nn.Conv2d(width, width, 3, padding=1, bias=False).to(device)
         x = torch.randn(2, width, ny, nx, device=device, requires_grad=True)
@@ -184,6 +185,8 @@ def probe_bf16(config: Config, device: torch.device) -> tuple[str, str]:
             times.append(time.perf_counter() - start)
         return min(times[2:])
 
-    options = [(b, c) for b in ((False, True) if auto == "auto" else (auto == "bf16",)) for c in ((False, True) if last == "auto" else (last == "on",))]
+    options = [
+        (b, c) for b in ((False, True) if auto == "auto" else (auto == "bf16",)) for c in ((False, True) if last == "auto" else (last == "on",))
+    ]
     best = min(options, key=lambda option: seconds(*option))
     return ("bf16" if best[0] else "off"), ("on" if best[1] else "off")

@@ -37,23 +37,26 @@ def _clip(o, d, count, t0, t1):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _slabs(pairs, masks0, masks1, n, n_minor, nz, stride_m, stride_n, first, last, om, dm, on, dn, oz, dz, t0, t1):
+def _slabs(rows, n, n_minor, nz, stride_m, stride_n, first, last, om, dm, on, dn, oz, dz, t0, t1):
     """Columns (two packed in a word) and masks of n slabs, those beyond the last one repeating the ray's end."""
+    pairs, masks0, masks1, times, minors, levels = rows
     step = int32(1) if dm > 0.0 else int32(-1)
     per_m = 1.0 / abs(dm)
     per_n = 1.0 / dn if abs(dn) > 1e-12 else 0.0
     t_first = (first + (1.0 if dm > 0.0 else 0.0) - om) / dm
     low_m, high_m = min(first, last), max(first, last)
     side, height = float(n_minor), float(nz)
+    # where the ray is at each border between slabs, and then what lies between two of them
+    for s in range(n + 1):
+        t = min(max(t_first + (s - 1) * per_m, t0), t1)
+        times[s] = t
+        minors[s] = _cell(on + dn * t, side)
+        levels[s] = _cell(oz + dz * t, height)
     for s in range(n):
-        t_end = t_first + s * per_m
-        t_in = min(max(t_end - per_m, t0), t1)
-        t_out = min(max(t_end, t0), t1)
-        j0, j1 = _cell(on + dn * t_in, side), _cell(on + dn * t_out, side)
+        j0, j1, z0, z1 = minors[s], minors[s + 1], levels[s], levels[s + 1]
         # a slab is no longer than one cell of the minor axis: a second crossing is rounding
         j1 = min(max(j1, int32(j0 - 1)), int32(j0 + 1))
-        z0, z1 = _cell(oz + dz * t_in, height), _cell(oz + dz * t_out, height)
-        t_mid = min(max((max(j0, j1) - on) * per_n, t_in), t_out)
+        t_mid = min(max((max(j0, j1) - on) * per_n, times[s]), times[s + 1])
         z_mid = min(max(_cell(oz + dz * t_mid, height), min(z0, z1)), max(z0, z1))
         z_mid = z1 if j0 == j1 else z_mid
         i = min(max(int32(first + int32(s) * step), low_m), high_m)
@@ -66,9 +69,9 @@ def _slabs(pairs, masks0, masks1, n, n_minor, nz, stride_m, stride_n, first, las
 def _carve(points, origins, low, size, nx, ny, nz, free):
     room = max(nx, ny) + 2 * LANES
     pairs, masks0, masks1 = np.empty(room, np.uint64), np.empty(room, np.uint64), np.empty(room, np.uint64)
+    rows = (pairs, masks0, masks1, np.empty(room), np.empty(room, np.int32), np.empty(room, np.int32))
     one_origin = origins.shape[0] == 1
     low32 = uint64(0xFFFFFFFF)
-    skipped = 0
     for r in range(points.shape[0]):
         at = 0 if one_origin else r
         ox, oy, oz = (origins[at, 0] - low[0]) / size[0], (origins[at, 1] - low[1]) / size[1], (origins[at, 2] - low[2]) / size[2]
@@ -77,7 +80,6 @@ def _carve(points, origins, low, size, nx, ny, nz, free):
         base = max(max(abs(origins[at, 0]), abs(origins[at, 1])), abs(origins[at, 2]))
         # comparisons with NaN are false: max() may lose one, the sum does not
         if not (reach <= REACH_M and base <= REACH_M and abs(dx + dy + dz) < np.inf):
-            skipped += 1
             continue
         t0, t1 = _clip(ox, dx, nx, 0.0, 1.0)
         t0, t1 = _clip(oy, dy, ny, t0, t1)
@@ -92,15 +94,14 @@ def _carve(points, origins, low, size, nx, ny, nz, free):
         if abs(dx) >= abs(dy):
             first, last = _cell(ox + dx * t0, nx), _cell(ox + dx * t1, nx)
             n = (abs(last - first) // LANES + 1) * LANES
-            _slabs(pairs, masks0, masks1, n, ny, nz, ny, 1, first, last, ox, dx, oy, dy, oz, dz, t0, t1)
+            _slabs(rows, n, ny, nz, ny, 1, first, last, ox, dx, oy, dy, oz, dz, t0, t1)
         else:
             first, last = _cell(oy + dy * t0, ny), _cell(oy + dy * t1, ny)
             n = (abs(last - first) // LANES + 1) * LANES
-            _slabs(pairs, masks0, masks1, n, nx, nz, 1, ny, first, last, oy, dy, ox, dx, oz, dz, t0, t1)
+            _slabs(rows, n, nx, nz, 1, ny, first, last, oy, dy, ox, dx, oz, dz, t0, t1)
         for s in range(n):
             free[pairs[s] & low32] |= masks0[s]
             free[pairs[s] >> uint64(32)] |= masks1[s]
-    return skipped
 
 
 def free_space(points: Array, origins: Any, low: Any, size: Any, shape: Sequence[int], occupied: Array) -> Array:

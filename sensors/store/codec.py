@@ -140,7 +140,7 @@ def _exact_step(points: Array) -> tuple[float, Array]:
     step 0 where none does."""
     wide = np.where(np.abs(points) <= FAR_M, points, 0).astype(np.float64)
     for step_m in EXACT_STEPS_M:
-        again = (np.rint(wide / step_m) * step_m).astype(np.float32)
+        again = (np.rint(wide / step_m).astype(np.int32) * step_m).astype(np.float32)
         wrong = np.flatnonzero((again.view(np.uint32) != points.view(np.uint32)).any(1))
         if len(wrong) <= len(points) // 50:
             return step_m, wrong

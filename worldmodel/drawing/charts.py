@@ -10,7 +10,7 @@ from worldmodel.drawing.markup import Markup, escaped
 
 # told apart in lightness as well as in hue, on white and on black
 COLOURS = ("#1f8fd6", "#e8833a", "#2fa57f", "#c2549d", "#8a7bd8", "#a58a2e", "#d2504f", "#6f8695")
-WIDTH, HEIGHT = 560, 260
+WIDTH, HEIGHT = 528, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
 MAX_POINTS = 400
 
@@ -23,6 +23,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= count)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Exponents of 1, 2 and 5 times the powers of ten between 10^low and 10^high, or of the powers alone where that would be too many."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    fine = [d + math.log10(m) for d in decades for m in (1, 2, 5) if low <= d + math.log10(m) <= high]
+    return fine if 2 <= len(fine) <= 7 else [float(d) for d in decades if low <= d <= high] if len(fine) > 7 else ticks(low, high)
 
 
 def number(value: float) -> str:
@@ -75,7 +82,7 @@ def line_chart(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_
     x_of = lambda x: LEFT + (WIDTH - LEFT - RIGHT) * (x - x_low) / max(x_high - x_low, 1e-12)  # noqa: E731
     y_of = lambda y: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y_low) / (y_high - y_low)  # noqa: E731
     parts = []
-    for tick in ticks(y_low, y_high):
+    for tick in (log_ticks if log_y else ticks)(y_low, y_high):
         parts.append(f'<path d="M{LEFT} {y_of(tick):.1f}H{WIDTH - RIGHT}" stroke="currentColor" stroke-opacity="0.13"/>')
         parts.append(_text(LEFT - 7, y_of(tick) + 4, number(10**tick if log_y else tick), "end"))
     parts += [_text(x_of(tick), HEIGHT - BOTTOM + 16, number(tick)) for tick in ticks(x_low, x_high, 6)]

@@ -40,7 +40,10 @@ def build_encoder(config: Encoder) -> nn.Module:
         raise UsageError(f"--encoder {one_line(config.build)}: {one_line(error)}; give module:function, importable from here") from error
     if not colon:
         raise UsageError(f"--encoder {one_line(config.build)}: give module:function")
-    encoder = build(config)
+    try:
+        encoder = build(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--encoder {one_line(config.build)}: building it failed ({one_line(error, 160)})") from error
     _check(encoder, config)
     return encoder  # type: ignore[no-any-return]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sensors.kernels.segments import scatter_rows, segment_max
 from sensors.kernels.voxels import hard_voxels, pillar_features, pillars
 from worldmodel.config import Encoder
+from worldmodel.encoders import standalone
 from worldmodel.encoders.contract import Clouds
 
 
@@ -128,13 +129,36 @@ class PillarEncoder(nn.Module):
         nx, ny = self.config.grid
         device = clouds.points.device
         with torch.autocast(device.type, enabled=False):  # half precision would put coordinates on a grid of decimetres
-            cells, values = self._padded(clouds) if self.config.padded_slots else self._grouped(clouds)
+            if device.type == "cpu":
+                cells, values = self._padded(clouds) if self.config.padded_slots else self._grouped(clouds)
+            else:
+                cells, values = self._on_device(clouds)
         if torch.is_autocast_enabled(device.type):
             values = values.to(torch.get_autocast_dtype(device.type))
         flat = torch.zeros(len(clouds.sizes) * ny * nx, self.config.pfn_widths[-1], device=device, dtype=values.dtype)
         if len(cells):
             flat = flat.index_copy(0, cells.to(device), values)
         return flat.view(len(clouds.sizes), ny, nx, -1).permute(0, 3, 1, 2)
+
+    def _on_device(self, clouds: Clouds) -> tuple[Tensor, Tensor]:
+        """Cells and pillar features without leaving the device: plain torch."""
+        config = self.config
+        box = (config.low, config.high, config.voxel)
+        nx, ny = config.grid
+        slots, rows, cells, offset = [], [torch.zeros(1, dtype=torch.long, device=clouds.points.device)], [], 0
+        for index, points in enumerate(clouds.points.float().split(clouds.sizes)):
+            if config.padded_slots:
+                x, found = standalone.padded(points, *box, config.max_points_per_pillar, config.max_pillars)
+            else:
+                x, pillar, found = standalone.grouped(points, *box)
+                rows.append(offset + torch.cumsum(torch.bincount(pillar, minlength=len(found)), 0))
+                offset += len(x)
+            slots.append(x)
+            cells.append(found + index * nx * ny)
+        x = torch.cat(slots)
+        if not len(x):
+            return torch.cat(cells), x.new_zeros(0, config.pfn_widths[-1])
+        return torch.cat(cells), self.vfe.padded(x) if config.padded_slots else self.vfe.grouped(x, torch.cat(rows))
 
     def _grouped(self, clouds: Clouds) -> tuple[Tensor, Tensor]:
         nx, ny = self.config.grid

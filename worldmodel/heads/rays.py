@@ -105,7 +105,7 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N,E) of rays with evidence, their candidate ranges (N,S*5) and which of those exist (N,S*5) bool.
 
     Ranges enter relative to a reference, the newest sweep's nearest reading, at three scales (metres, decimetres, centimetres)."""
-    count, readings = rays.nearest.shape
+    count = len(rays.nearest)
     known = ~rays.nearest.isnan()
     first = known.to(torch.int8).argmax(1, keepdim=True)
     reference = rays.nearest.gather(1, first).nan_to_num(20.0).clamp(1.0, 120.0)

@@ -1,0 +1,483 @@
+"""Evaluation: a model's arms and every baseline on the same rays of the same clips, as rows of a table.
+
+Protocol `native`: 5 past sweeps at 5 Hz, 5 future ones (0.2 .. 1.0 s), t = 0 every 0.5 s; `native3`: the same past, 0.6 .. 3.0 s. Truth are
+the returns at 2..56 m from the future sensor, the ego vehicle's own removed, RAYS_PER_SWEEP of them drawn by (seed, log, stamp), the same
+for every method. That a return exists on a ray is known; where it lies is asked. How answers are scored: `worldmodel.metrics`.
+
+Subsets of rays: `all`; `moving`, the true return lies in a box, grown by 0.2 m, whose speed in the world over 1 s exceeds 1 m/s; `static`,
+in no such box; `vacated`, the ray crosses the place of such a box at t = 0 on its way to the return and does not end on a mover (these
+three where boxes are complete: frames that have boxes at their stamp, within the labelled field of view); `unseen`, no reading of the past
+around the ray lies within 1 m of the truth; `range_...`, by true range. `hidden` is a pass of its own: a sector of 60 degrees is taken out of
+all past sweeps, and the rays whose return lies in it, seen from the ego at t = 0, are asked, at t = 0 too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sensors.clips import clips_of
+from sensors.data import Part
+from sensors.errors import UsageError, WmError, one_line
+from sensors.evidence import view_from
+from sensors.geometry import inverse, pose_at, transform_points
+from sensors.kernels.mixture import quantiles
+from sensors.rays import MAX_RANGE_M, MIN_RANGE_M, RAYS_PER_SWEEP, History, Rays, hide_sector, history_of, in_sector, rays_of
+from sensors.records import Box, Clip, Frame, Labels, Log
+from worldmodel import metrics
+from worldmodel.forecast import Mixture
+
+Array = NDArray[Any]
+Baseline = Callable[[History, Rays], Array]
+Report = Callable[[int, int, str], None]
+
+GROUP = "driving_worldmodel.baselines"
+PAST, RATE_HZ, EVERY_S = 5, 5.0, 0.5
+BANDS_M = ((0, 10), (10, 20), (20, 40), (40, 56))
+SUBSETS = ("all", "static", "moving", "vacated", "unseen", *(f"range_{low}_{high}" for low, high in BANDS_M))
+HIDDEN, SECTOR_RAD = "hidden", float(np.deg2rad(60))
+GROWN_M, MOVING_M_S, SPEED_WINDOW_S = 0.2, 1.0, 1.0
+UNSEEN_M = 1.0
+DRAWS = 400
+
+
+class Forecaster(Protocol):
+    """A trained model as evaluation sees it: `arms` (the first is "model") and their distributions along rays."""
+
+    arms: tuple[str, ...]
+
+    def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays]) -> dict[str, list[Mixture]]: ...
+
+
+@dataclass(frozen=True)
+class Horizons:
+    """Which frames of the future, at RATE_HZ, a protocol asks for: every `step`-th of `frames`."""
+
+    frames: int
+    step: int
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        return tuple(round(k * self.step / RATE_HZ, 6) for k in range(1, self.frames // self.step + 1))
+
+
+PROTOCOLS = {"native": Horizons(5, 1), "native3": Horizons(15, 3)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a method on a subset of rays, of one log (None: all of them) at one horizon (None: the mean of the horizons'
+    values; rays and missing are then totals). A metric is None where the method has no such thing. intervals: 95 %, by bootstrap over logs
+    and clips, of every metric but the median; empty with fewer than two clips."""
+
+    method: str
+    subset: str
+    log: str | None
+    horizon_s: float | None
+    n_clips: int
+    rays: int
+    missing: int
+    l1_mean: float | None
+    l1_median: float | None
+    absrel: float | None
+    within_02: float | None
+    chamfer: float | None
+    chamfer_near: float | None
+    chamfer_trimmed: float | None
+    nll: float | None
+    crps: float | None
+    ece: float | None
+    coverage80: float | None
+    width80: float | None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as a flat dictionary; intervals as METRIC_low and METRIC_high."""
+        flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "intervals"}
+        for name, (low, high) in self.intervals.items():
+            flat[f"{name}_low"], flat[f"{name}_high"] = low, high
+        return flat
+
+
+class Table(list[Row]):
+    """Rows, and what they rest on: logs, clips, seconds (of recording between the first past and the last future frames, overlaps counted
+    once), poses (their sources) and clips left out because a sweep was unreadable."""
+
+    logs: int = 0
+    clips: int = 0
+    seconds: float = 0.0
+    poses: tuple[str, ...] = ()
+    unreadable: int = 0
+
+
+def baselines() -> dict[str, Baseline]:
+    """All baselines by name: the modules of `worldmodel.baselines`, then those that other distributions announce."""
+    package = importlib.import_module("worldmodel.baselines")
+    found = {m.name: importlib.import_module(f"worldmodel.baselines.{m.name}").predict for m in pkgutil.iter_modules(package.__path__)}
+    for entry in entry_points(group=GROUP):
+        found.setdefault(entry.name, entry.load().predict)
+    return dict(sorted(found.items()))
+
+
+def conditional_quantiles(mixture: Mixture, levels: Array) -> Array:
+    """(R,Q) f64: quantiles at ascending levels (Q,), given a return within the protocol's bounds; NaN where the mixture has none there."""
+    return quantiles(mixture.p, mixture.m, mixture.s, levels, MIN_RANGE_M, MAX_RANGE_M)
+
+
+def sector_of(clip: Clip, seed: int = 0) -> tuple[float, float]:
+    """(centre, width) in rad of the sector that a clip's hidden pass withholds."""
+    key = np.random.SeedSequence((seed, zlib.crc32(clip.id.encode())))
+    return float(np.random.Generator(np.random.Philox(key)).uniform(-np.pi, np.pi)), SECTOR_RAD
+
+
+def clips_to_evaluate(parts: Sequence[Part], protocol: str = "native", max_clips: int | None = None) -> list[Clip]:
+    """The protocol's clips, log by log; where there are more than max_clips, so many spread evenly over them."""
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol {one_line(protocol)!r} is not one of {', '.join(PROTOCOLS)}")
+    asked = PROTOCOLS[protocol]
+    by_log: dict[str, list[Clip]] = {}
+    for part in parts:
+        cut = clips_of(part.log, past=PAST, future=asked.frames, rate_hz=RATE_HZ, every_s=EVERY_S, from_ns=part.from_ns, to_ns=part.to_ns)
+        short = [dataclasses.replace(clip, future=clip.future[asked.step - 1 :: asked.step]) for clip in cut]
+        known = by_log.setdefault(part.log.id, [])
+        stamps = {clip.stamp_ns for clip in known}
+        known += [clip for clip in short if clip.stamp_ns not in stamps]
+    clips = [clip for of_log in by_log.values() for clip in of_log]
+    if max_clips is not None and len(clips) > max_clips:
+        clips = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, max_clips).astype(int))]
+    return clips
+
+
+class Movers:
+    """The boxes of a log by stamp, and which of them move."""
+
+    def __init__(self, log: Log) -> None:
+        try:
+            labels: Labels | None = log.open_labels()
+        except WmError as error:
+            log.counts[f"labels: unreadable, no moving and static rays ({one_line(error, 80)})"] += 1
+            labels = None
+        self.fov_rad = float(labels.complete_fov_rad) if labels else 0.0
+        self._boxes: dict[int, list[Box]] = {}
+        self._tracks: dict[str, tuple[Array, Array]] = {}
+        if labels is None or log.poses is None:
+            return
+        stamps = np.unique(np.array([box.stamp_ns for box in labels.boxes], np.int64))
+        known = stamps[(stamps >= log.poses.stamps_ns[0]) & (stamps <= log.poses.stamps_ns[-1])]
+        pose = dict(zip(known.tolist(), pose_at(log.poses, known), strict=True)) if len(known) else {}
+        track: dict[str, list[tuple[int, Array]]] = {}
+        for box in labels.boxes:
+            self._boxes.setdefault(box.stamp_ns, []).append(box)
+            if box.stamp_ns in pose:
+                track.setdefault(box.track, []).append((box.stamp_ns, (pose[box.stamp_ns] @ np.append(box.centre, 1))[:2]))
+        for name, places in track.items():
+            places.sort(key=lambda place: place[0])
+            self._tracks[name] = np.array([s for s, _ in places], np.int64), np.array([p for _, p in places])
+
+    def labelled(self, stamp_ns: int) -> bool:
+        return stamp_ns in self._boxes
+
+    def speed(self, box: Box) -> float:
+        """In the world, m/s: of the track over the second around the box, or, where the track is shorter than half of that, the box's own."""
+        stamps, places = self._tracks.get(box.track, (np.zeros(0, np.int64), np.zeros((0, 2))))
+        near = np.flatnonzero(np.abs(stamps - box.stamp_ns) <= SPEED_WINDOW_S * 0.5e9)
+        if len(near):
+            seconds = (stamps[near[-1]] - stamps[near[0]]) / 1e9
+            if seconds >= 0.45 * SPEED_WINDOW_S:
+                return float(np.linalg.norm(places[near[-1]] - places[near[0]]) / seconds)
+        return float(np.hypot(*box.velocity)) if box.velocity is not None and np.isfinite(box.velocity).all() else 0.0
+
+    def moving(self, stamp_ns: int) -> list[Box]:
+        return [box for box in self._boxes.get(stamp_ns, []) if self.speed(box) > MOVING_M_S]
+
+
+def _in_box_frame(box: Box, vectors: Array) -> Array:
+    c, s = np.cos(box.yaw_rad), np.sin(box.yaw_rad)
+    return np.stack((vectors[:, 0] * c + vectors[:, 1] * s, -vectors[:, 0] * s + vectors[:, 1] * c, vectors[:, 2]), 1)
+
+
+def in_box(box: Box, points: Array, grown_m: float = 0.0) -> Array:
+    """(N,) bool: points (N,3) of the box's ego frame inside it, grown on all sides."""
+    return (np.abs(_in_box_frame(box, points - box.centre)) <= box.size / 2 + grown_m).all(1)
+
+
+def crosses_box(box: Box, origin: Array, directions: Array, ranges: Array) -> Array:
+    """(R,) bool: rays from origin (3,) along unit directions (R,3) that enter the box before their ranges (R,)."""
+    o, d = _in_box_frame(box, (origin - box.centre)[None]), _in_box_frame(box, directions)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a, b = (-box.size / 2 - o) / d, (box.size / 2 - o) / d
+    beside = (d == 0) & (np.abs(o) > box.size / 2)
+    enter = np.where(d == 0, -np.inf, np.minimum(a, b)).max(1)
+    leave = np.where(d == 0, np.inf, np.maximum(a, b)).min(1)
+    return ~beside.any(1) & (enter <= leave) & (leave > 0) & (enter < ranges)
+
+
+def subset_masks(clip: Clip, frame: Frame, history: History, rays: Rays, movers: Movers) -> Array:
+    """(len(SUBSETS), R) bool."""
+    count = len(rays.ranges)
+    masks = dict.fromkeys(SUBSETS, np.zeros(count, bool))
+    masks["all"] = np.ones(count, bool)
+    if movers.labelled(frame.stamp_ns):
+        local = rays.directions.astype(np.float64) * rays.ranges[:, None]
+        ends = transform_points(clip.log.lidars[clip.lidar].ego_from_lidar, local)
+        known = np.abs(np.arctan2(ends[:, 1], ends[:, 0])) <= movers.fov_rad
+        moving = np.zeros(count, bool)
+        for box in movers.moving(frame.stamp_ns):
+            moving |= in_box(box, ends, GROWN_M)
+        masks["moving"], masks["static"] = known & moving, known & ~moving
+        if movers.labelled(clip.stamp_ns):
+            pose = rays.present_from_sensor
+            directions, vacated = rays.directions.astype(np.float64) @ pose[:3, :3].T, np.zeros(count, bool)
+            for box in movers.moving(clip.stamp_ns):
+                vacated |= crosses_box(box, pose[:3, 3], directions, rays.ranges)
+            masks["vacated"] = known & vacated & ~moving
+    masks["unseen"] = ~seen(history, rays)
+    for (low, high), name in zip(BANDS_M, SUBSETS[-len(BANDS_M) :], strict=True):
+        masks[name] = (rays.ranges >= low) & ((rays.ranges < high) | (high == BANDS_M[-1][1]))
+    return np.stack([masks[name] for name in SUBSETS])
+
+
+def seen(history: History, rays: Rays) -> Array:
+    """(R,) bool: some past sweep's nearest reading, or one in a quadrant around the ray, lies within UNSEEN_M of the true range."""
+    sensor_from_present = inverse(rays.present_from_sensor)
+    out = np.zeros(len(rays.ranges), bool)
+    for sweep in range(len(history.points)):
+        view = view_from(history, sweep, sensor_from_present, rays.horizon_s)
+        readings = np.concatenate((view.quadrants(rays.directions)[0], view.nearest(rays.directions)[0][:, None]), 1)
+        out |= (np.abs(readings - rays.ranges[:, None]) <= UNSEEN_M).any(1)
+    return out
+
+
+def points_of(rays: Rays, ranges: Array) -> Array:
+    """(R,3) f64 in the ego frame of t = 0 at the given ranges (R,)."""
+    local = rays.directions.astype(np.float64) * np.asarray(ranges, np.float64)[:, None]
+    return local @ rays.present_from_sensor[:3, :3].T + rays.present_from_sensor[:3, 3]
+
+
+def take_rays(rays: Rays, rows: Array) -> Rays:
+    """Some of the rays: rows (R,) bool or indices."""
+    return Rays(rays.horizon_s, rays.present_from_sensor, rays.directions[rows], rays.ranges[rows], rays.intensity[rows], rays.index[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class _Methods:
+    """Who answers: baselines by name, arms of the forecaster, and the Laplace scales of point methods, rows (horizon_s, scale_m) by name."""
+
+    baselines: Mapping[str, Baseline]
+    forecaster: Forecaster | None
+    arms: tuple[str, ...]
+    scales: Mapping[str, Sequence[Sequence[float]]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.arms, *self.baselines)
+
+    def answers(self, clip: Clip, history: History, rays: Sequence[Rays]) -> Iterator[tuple[str, int, metrics.Answer]]:
+        """(method, index into rays, answer) of every method."""
+        if self.forecaster is not None and self.arms:
+            for arm, mixtures in self.forecaster.mixtures(clip, history, rays).items():
+                if arm in self.arms:
+                    for k, (asked, mixture) in enumerate(zip(rays, mixtures, strict=True)):
+                        yield arm, k, metrics.answer_of_mixture(mixture, asked.ranges)
+        for name, predict in self.baselines.items():
+            for k, asked in enumerate(rays):
+                yield name, k, metrics.answer_of_points(predict(history, asked), asked.ranges, self._scale(name, asked.horizon_s))
+
+    def _scale(self, name: str, horizon_s: float) -> float | None:
+        rows = np.asarray(self.scales.get(name, ()), np.float64)
+        return float(np.interp(horizon_s, rows[:, 0], rows[:, 1])) if len(rows) else None
+
+
+def _chosen(forecaster: Forecaster | None, methods: Sequence[str] | None, scales: Mapping[str, Sequence[Sequence[float]]] | None) -> _Methods:
+    known = baselines()
+    arms = tuple(forecaster.arms) if forecaster is not None else ()
+    if methods is not None:
+        if unknown := [m for m in methods if m not in known and m not in arms]:
+            raise UsageError(f"method {one_line(unknown[0])!r} is not one of {', '.join((*arms, *known))}")
+        known, arms = {n: p for n, p in known.items() if n in methods}, tuple(a for a in arms if a in methods)
+    if scales is None:
+        scales = getattr(forecaster, "point_scales", None) or {}
+    return _Methods(known, forecaster, arms, scales)
+
+
+class _Tally:
+    """Sums per method, clip, subset and horizon, and counts of errors per method, subset and horizon: of one log, or of all."""
+
+    def __init__(self, methods: Sequence[str], subsets: Sequence[str], horizons: Sequence[float]) -> None:
+        self.methods, self.subsets, self.horizons = methods, subsets, horizons
+        self.sums: dict[str, list[Array]] = {m: [] for m in methods}
+        self.counts = {m: np.zeros((len(subsets), len(horizons), metrics.ERROR_BINS), np.int64) for m in methods}
+        self.log_of_clip: list[int] = []
+
+    def add(self, sums: Mapping[str, Array], counts: Mapping[str, Array], log: int) -> None:
+        self.log_of_clip.append(log)
+        for method in self.methods:
+            self.sums[method].append(sums[method])
+            self.counts[method] += counts[method]
+
+    def rows(self, log: str | None) -> Iterator[Row]:
+        clips = len(self.log_of_clip)
+        weights = metrics.bootstrap_weights(np.array(self.log_of_clip), DRAWS, 0) if clips > 1 else None
+        for method in self.methods if clips else ():
+            sums = np.stack(self.sums[method]).astype(np.float64)  # clips, subsets, horizons, columns
+            for s, subset in enumerate(self.subsets):
+                for horizons in (*((k,) for k in range(len(self.horizons))), tuple(range(len(self.horizons)))):
+                    these = sums[:, s, list(horizons)].transpose(1, 0, 2)
+                    rays = these[:, :, metrics.AT["rays"]]
+                    if not rays.sum():
+                        continue
+                    values = {n: metrics.mean_over_horizons(v) for n, v in metrics.metrics_of_sums(these.sum(1)).items()}
+                    medians = np.array([metrics.median_of_counts(self.counts[method][s, k]) for k in horizons])
+                    values["l1_median"] = metrics.mean_over_horizons(medians)
+                    one = len(horizons) == 1
+                    yield Row(
+                        method, subset, log, self.horizons[horizons[0]] if one else None, int((rays.sum(0) > 0).sum()), int(rays.sum()),
+                        int(these[:, :, metrics.AT["missing"]].sum()), **{n: _or_none(values[n]) for n in metrics.METRICS},
+                        intervals=metrics.intervals(these, weights) if weights is not None else {},
+                    )  # fmt: skip
+
+
+def _or_none(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _scores(
+    methods: _Methods, clip: Clip, history: History, rays: Sequence[Rays], masks: Sequence[Array]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Per method the sums (subsets, K, WIDTH) f32 and error counts (subsets, K, ERROR_BINS) of one clip."""
+    subsets, horizons = len(masks[0]), len(rays)
+    sums = {m: np.zeros((subsets, horizons, metrics.WIDTH), np.float32) for m in methods.names}
+    counts = {m: np.zeros((subsets, horizons, metrics.ERROR_BINS), np.int64) for m in methods.names}
+    true_points = [points_of(asked, asked.ranges) for asked in rays]
+    for method, k, answer in methods.answers(clip, history, rays):
+        asked = rays[k]
+        if not len(asked.ranges):
+            continue
+        table = metrics.ray_table(answer, asked.ranges, points_of(asked, answer.ranges), true_points[k])
+        error = np.abs(answer.ranges - asked.ranges)
+        sums[method][:, k] = masks[k].astype(np.float64) @ table
+        for s in range(subsets):
+            if masks[k][s].any():
+                counts[method][s, k] = metrics.error_counts(error[masks[k][s]])
+    return sums, counts
+
+
+def evaluate(
+    parts: Sequence[Part],
+    forecaster: Forecaster | None = None,
+    *,
+    protocol: str = "native",
+    rays_per_sweep: int = RAYS_PER_SWEEP,
+    all_rays: bool = False,
+    max_clips: int | None = None,
+    methods: Sequence[str] | None = None,
+    hidden_sector: bool = False,
+    seed: int = 0,
+    scales: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    report: Report | None = None,
+) -> Table:
+    """The rows of every method on every clip of the parts: per log and over all of them. methods: only these baselines and arms.
+    hidden_sector: the `hidden` pass too. scales: rows (horizon_s, scale_m) of point methods' Laplace distributions, as `laplace_scales`
+    fits them on training clips (None: the forecaster's `point_scales`; where there are none, their nll is None). report: (done, total,
+    text) per clip. UsageError for data without a clip, and for an unknown method or protocol."""
+    chosen = _chosen(forecaster, methods, scales)
+    clips = clips_to_evaluate(parts, protocol, max_clips)
+    seconds = PROTOCOLS[protocol].seconds if protocol in PROTOCOLS else ()
+    if not clips:
+        longest = (PAST - 1) / RATE_HZ + seconds[-1]
+        raise UsageError(f"no clip of {longest:.1f} s in the data: logs are shorter, have gaps or no poses; `wm info` says which")
+    rays_asked = None if all_rays else rays_per_sweep
+    table = Table()
+    passes = [("", SUBSETS, seconds)] + ([(HIDDEN, (HIDDEN,), (0.0, *seconds))] if hidden_sector else [])
+    total = {name: _Tally(chosen.names, subsets, horizons) for name, subsets, horizons in passes}
+    of_log = dict(total)
+    logs: list[str] = []
+    rows_by_log: list[Row] = []
+    movers: Movers | None = None
+    for done, clip in enumerate(clips):
+        if not logs or clip.log.id != logs[-1]:
+            if logs:
+                rows_by_log += [row for tally in of_log.values() for row in tally.rows(logs[-1])]
+            logs.append(clip.log.id)
+            of_log = {name: _Tally(chosen.names, subsets, horizons) for name, subsets, horizons in passes}
+            movers = Movers(clip.log)
+        if report is not None:
+            report(done, len(clips), one_line(clip.log.id, 60))
+        try:
+            history = history_of(clip)
+            rays = [rays_of(clip, frame, rays_asked, seed) for frame in clip.future]
+            present = rays_of(clip, clip.past[-1], rays_asked, seed) if hidden_sector else None
+        except WmError as error:
+            table.unreadable += 1
+            clip.log.counts[f"evaluation: clip left out ({one_line(error, 80)})"] += 1
+            continue
+        assert movers is not None
+        masks = [subset_masks(clip, frame, history, asked, movers) for frame, asked in zip(clip.future, rays, strict=True)]
+        results = {"": _scores(chosen, clip, history, rays, masks)}
+        if present is not None:
+            sector = sector_of(clip, seed)
+            inside = [take_rays(asked, in_sector(points_of(asked, asked.ranges), *sector)) for asked in (present, *rays)]
+            whole = [np.ones((1, len(asked.ranges)), bool) for asked in inside]
+            results[HIDDEN] = _scores(chosen, clip, hide_sector(history, *sector), inside, whole)
+        for name, (sums, counts) in results.items():
+            total[name].add(sums, counts, len(logs) - 1)
+            of_log[name].add(sums, counts, len(logs) - 1)
+        table.clips += 1
+    rows_by_log += [row for tally in of_log.values() for row in tally.rows(logs[-1])]
+    table.extend(row for tally in total.values() for row in tally.rows(None))
+    table.extend(rows_by_log)
+    table.logs = len(set(logs))
+    table.seconds = covered_seconds(clips)
+    table.poses = tuple(sorted({clip.log.poses.source for clip in clips if clip.log.poses is not None}))
+    if report is not None:
+        report(len(clips), len(clips), f"{table.unreadable} clips unreadable" if table.unreadable else "")
+    return table
+
+
+def covered_seconds(clips: Sequence[Clip]) -> float:
+    """Seconds of recording that the clips lie in, overlaps counted once."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for clip in clips:
+        spans.setdefault(clip.log.id, []).append((clip.past[0].stamp_ns, clip.future[-1].stamp_ns))
+    total = 0
+    for of_log in spans.values():
+        end = 0
+        for start, stop in sorted(of_log):
+            total += max(stop - max(start, end), 0)
+            end = max(end, stop)
+    return total / 1e9
+
+
+def laplace_scales(
+    parts: Sequence[Part], *, protocol: str = "native", rays_per_sweep: int = 4096, max_clips: int | None = 40, seed: int = 0,
+    report: Report | None = None,
+) -> dict[str, list[list[float]]]:
+    """Per baseline rows (horizon_s, scale_m): the maximum-likelihood scale of a Laplace distribution around it, its mean absolute error as it
+    is scored, on these clips. Give training clips: nothing is fitted on what is evaluated. Unreadable clips are left out."""
+    errors: dict[str, dict[float, list[float]]] = {}
+    clips = clips_to_evaluate(parts, protocol, max_clips)
+    for done, clip in enumerate(clips):
+        if report is not None:
+            report(done, len(clips), "")
+        try:
+            history = history_of(clip)
+            rays = [rays_of(clip, frame, rays_per_sweep, seed) for frame in clip.future]
+        except WmError:
+            continue
+        for name, predict in baselines().items():
+            for horizon, asked in zip(PROTOCOLS[protocol].seconds, rays, strict=True):
+                if len(asked.ranges):
+                    placed, _ = metrics.scored(predict(history, asked), asked.ranges)
+                    errors.setdefault(name, {}).setdefault(horizon, []).append(float(np.abs(placed - asked.ranges).mean()))
+    if report is not None:
+        report(len(clips), len(clips), "")
+    return {name: [[h, max(float(np.mean(e)), 1e-3)] for h, e in sorted(by.items())] for name, by in errors.items()}
