@@ -497,13 +497,13 @@ def generation_path(folder: Path, number: int) -> Path:
 
 
 @contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` (made if need be, never removed) for the duration; `Busy` at once when another process holds it."""
+def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` (made if need be, never removed) for the duration. While somebody else holds it, wait, or raise `Busy`."""
     make_folder(path.parent)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise Busy(f"{what}: in use by {_holder(descriptor)}; wait for it, or stop it") from error
         os.ftruncate(descriptor, 0)

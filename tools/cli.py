@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         row = rows.add_parser(name, help=module.HELP, description=module.HELP)
         row.add_argument("--debug", action="store_true", help="show the traceback of an error")
         module.add_arguments(row)
-        row.set_defaults(run=module.run)
+        row.set_defaults(act=module.run)
     return top
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        return int(args.run(args))
+        return int(args.act(args))
     except WmError as error:
         if args.debug:
             raise

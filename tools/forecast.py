@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from worldmodel import load, rundir
     from worldmodel.pretrain import clips_of_parts
 
+    if not args.data and not (folder / "data.json").is_file():
+        raise UsageError(f"--data is needed: {one_line(folder)} does not say which data it was trained on")
     data = args.data or read_json(folder / "data.json")["data"]
     clips, _ = clips_of_parts([part for path in data for part in open_data(path)], rundir.read_config(folder))
     by_id = {clip.id: clip for clip in clips}

@@ -60,10 +60,12 @@ def prepare_store(store: Path) -> None:
     if store.is_dir() and any(entry.name not in known and not entry.name.startswith(files.TEMPORARY) for entry in store.iterdir()):
         raise UsageError(f"{one_line(store)}: neither empty nor a store; give a new folder")
     files.make_folder(store)
-    try:
-        files.write_json(marker, {"format": layout.STORE_FORMAT, "version": layout.VERSION}, new=True)
-    except files.Exists:
-        check_store(store)
+    with files.lock(store / ".locks" / "store.lock", f"store {one_line(store)}", wait=True):
+        if not marker.exists():
+            for leftover in store.glob(f"{files.TEMPORARY}*"):
+                files.remove(leftover)
+            files.write_json(marker, {"format": layout.STORE_FORMAT, "version": layout.VERSION}, new=True)
+    check_store(store)
 
 
 def check_store(store: Path) -> None:

@@ -31,16 +31,21 @@ class Elements(html.parser.HTMLParser):
         super().__init__()
         self.found: list[tuple[str, dict[str, str | None]]] = []
         self.held: dict[str, list[str]] = {"script": [], "style": []}
+        self.inside: str | None = None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
         if tag in self.held:
+            self.inside = tag
             self.held[tag].append("")
 
+    def handle_endtag(self, tag):
+        self.inside = None
+
     def handle_data(self, data):
-        if self.found and (tag := self.found[-1][0]) in self.held:
-            self.held[tag][-1] += data
+        if self.inside:
+            self.held[self.inside][-1] += data
 
 
 def unpack_octahedral(packed: np.ndarray) -> np.ndarray:
@@ -98,7 +103,9 @@ def test_hostile_names_stay_text(street, hostile):
         seen = Elements(page)
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u2028\u2029]", page)
         assert not any(name.startswith("on") or name == "style" for _, attributes in seen.found for name in attributes)
-        assert not any(tag in ("img", "a", "link", "base", "object") and "javascript" in str(attributes) for tag, attributes in seen.found)
+        assert all(
+            str(attributes.get("src", "data:image/png")).startswith("data:image/png") and "href" not in attributes for _, attributes in seen.found
+        )
         assert len(seen.held["script"]) <= len(plain.held["script"])
         assert "alert(1)" not in "".join(seen.held["script"] + seen.held["style"])
 
@@ -196,9 +203,16 @@ def test_a_browser_draws_the_page_and_runs_nothing_of_a_hostile_name(street, hos
 
 @needs_chromium
 def test_a_browser_plays_the_page_inside_a_report(street, tmp_path):
-    part = playing_page(forecast_page(street()).replace(' loading="lazy"', ""), "forecast")
+    part = playing_page(forecast_page(street()), "forecast")
     write_report(tmp_path / "report.html", "Report", "", [Section("Page", parts=[part])])
-    _, log = browse((tmp_path / "report.html").as_uri(), tmp_path, f"--screenshot={tmp_path / 'shot.png'}")
-    assert "Content Security Policy" not in log and "Uncaught" not in log
-    shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"), np.int32)[250:]
-    assert int(((shot.max(axis=2) > 110) & (np.ptp(shot, axis=2) > 60)).sum()) > 300
+    # the embedded page runs in a process of its own unless told otherwise, and virtual time does not wait for that one
+    together = "--disable-features=IsolateSandboxedIframes"
+    for budget in (3000, 6000, 12000):
+        more = (together, f"--virtual-time-budget={budget}", f"--screenshot={tmp_path / 'shot.png'}")
+        _, log = browse((tmp_path / "report.html").as_uri(), tmp_path, *more)
+        assert "Content Security Policy" not in log and "Uncaught" not in log
+        shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"), np.int32)[250:]
+        drawn = int(((shot.max(axis=2) > 110) & (np.ptp(shot, axis=2) > 60)).sum())
+        if drawn > 300:
+            return
+    pytest.fail(f"{drawn} pixels drawn in the embedded page")

@@ -84,7 +84,7 @@ def test_the_ground_is_found_below_the_sensor_and_without_points(street):
 
 
 def test_a_point_ahead_and_to_the_left_is_in_the_upper_left_quarter():
-    picture = cloud_image(np.array([[20.0, 10.0, 1.0], [500, 0, 0], [np.nan, 0, 0]]), reach_m=40, cell_m=1, ground_z=0)
+    picture = cloud_image(np.array([[20.5, 10.5, 1.0], [500, 0, 0], [np.nan, 0, 0]]), reach_m=40, cell_m=1, ground_z=0)
     rows, columns = np.nonzero((picture != np.array(colours.BACKGROUND)).any(axis=2))
     assert picture.shape == (80, 80, 3) and rows.tolist() == [19] and columns.tolist() == [29]
 

@@ -37,7 +37,7 @@ def picture(data: bytes, caption: str = "", width: int | None = None) -> Markup:
 
 def playing_page(page: str, title: str) -> Markup:
     """A page made by `worldmodel.drawing.page.forecast_page`, inside this one; it runs apart from it (sandboxed) and under its policy."""
-    return Markup(f'<iframe title="{escaped(title)}" sandbox="allow-scripts" loading="lazy" srcdoc="{html.escape(page, quote=True)}"></iframe>')
+    return Markup(f'<iframe title="{escaped(title)}" sandbox="allow-scripts" srcdoc="{html.escape(page, quote=True)}"></iframe>')
 
 
 def report_page(title: str, lead: str, sections: Sequence[Section], max_bytes: int = REPORT_BYTES) -> str:

@@ -1,0 +1,36 @@
+"""`wm export`: the encoder of a run, for use elsewhere, verified as it leaves."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "hand the encoder of a run over to other code, with proof that all of it arrived"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a run folder")
+    parser.add_argument("--to", default="torch", help="the target (default: torch)")
+    parser.add_argument("-o", "--output", default=None, help="the folder to make (default: RUN/export-TARGET)")
+    parser.add_argument("--data", nargs="*", default=[], help="stores to take the stored sample cloud from")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    import importlib
+    from pathlib import Path
+
+    from worldmodel.tools.terminal import print_json
+    from worldmodel.tools.verify import show
+
+    from sensors.data import open_data
+    from worldmodel.export.verify import export
+
+    source = Path(args.run)
+    folder = Path(args.output) if args.output else source / f"export-{args.to}"
+    report = export(source, args.to, folder, [part for path in args.data for part in open_data(path)])
+    if args.json:
+        print_json("export", folder=str(folder), **report)
+    else:
+        show(str(folder), report)
+        print(importlib.import_module(f"worldmodel.export.{args.to}").snippet(folder))
+    return 0 if report["passed"] else 1

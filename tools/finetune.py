@@ -1,0 +1,61 @@
+"""`wm finetune`: does a pretrained encoder pay for a task with labels."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train a labelled task from a run's encoder, beside scratch and frozen encoders"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", required=True, dest="source", metavar="RUN", help="a run folder")
+    parser.add_argument("--data", required=True, nargs="+", help="stores or YAML files with labelled logs to train on")
+    parser.add_argument("--test", nargs="+", default=None, help="stores or YAML files to test on (default: a quarter of the logs of --data)")
+    parser.add_argument("--task", default="bev_segmentation", help="the task (default: bev_segmentation)")
+    parser.add_argument("--arms", nargs="+", default=None, help="scratch pretrained pretrained_frozen random_frozen (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[1.0], help="shares of the training logs, e.g. 0.02 1.0")
+    parser.add_argument("--steps", type=int, default=None, help="most steps of an arm")
+    parser.add_argument("--output", "-o", default=None, help="a JSON file for every result with its curve")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    import dataclasses
+    from pathlib import Path
+
+    from worldmodel.tools.terminal import print_json, print_table, reporter
+
+    from sensors.data import open_data
+    from sensors.errors import UsageError
+    from sensors.files import write_json
+    from worldmodel import finetune
+
+    train = [part for path in args.data for part in open_data(path)]
+    if args.test:
+        test = [part for path in args.test for part in open_data(path)]
+    else:
+        labelled = sorted({part.log.id for part in train})
+        if len(labelled) < 4:
+            raise UsageError(f"--data holds {len(labelled)} logs: too few to set some apart; give --test")
+        out = set(labelled[3::4])
+        train, test = [p for p in train if p.log.id not in out], [p for p in train if p.log.id in out]
+    plan = (
+        finetune.Plan() if args.steps is None else dataclasses.replace(finetune.Plan(), most_steps=args.steps, every=max(1, min(40, args.steps // 4)))
+    )
+    results = finetune.finetune(Path(args.source), train, test, task_name=args.task, arms=args.arms or finetune.ARMS, seeds=range(args.seeds),
+                                fractions=args.fractions, plan=plan, report=reporter("trial"))  # fmt: skip
+    rows = finetune.summary(results)
+    if args.output:
+        write_json(Path(args.output), {"rows": rows, "results": finetune.as_json(results)})
+    if args.json:
+        print_json("finetune", task=args.task, run=args.source, rows=rows)
+        return 0
+    number = lambda value: "" if value is None else f"{value:+.3f}"  # noqa: E731
+    print_table(
+        f"{args.task}: IoU on {len({p.log.id for p in test})} test logs, mean over seeds",
+        ["labels", "arm", "logs", "frames", "IoU", "std", "minus scratch", "std", "steps"],
+        [(f"{r['fraction']:.0%}", r["arm"], r["logs"], r["frames"], f"{r['iou_mean']:.3f}", "" if r["iou_std"] is None else f"{r['iou_std']:.3f}",
+          number(r["minus_scratch"]), "" if r["minus_scratch_std"] is None else f"{r['minus_scratch_std']:.3f}", f"{r['steps_mean']:.0f}") for r in rows],
+    )  # fmt: skip
+    return 0

@@ -1,0 +1,258 @@
+"""Does pretraining pay: the same head and schedule from pretrained weights, from scratch, and on frozen encoders.
+
+Labels are drawn by log: the fractions are nested and the same for every arm. Every arm trains until its validation score has not
+improved for `patience` evaluations, at most `most_steps`; the score reported is the test score of the best validation. Scratch gets no
+less time than the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pkgutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sensors.clips import clips_of
+from sensors.data import Part
+from sensors.errors import UsageError, WmError, one_line
+from worldmodel import checkpoint, rundir
+from worldmodel.batches import clouds_of, rng_of
+from worldmodel.config import Config
+from worldmodel.encoders.contract import build_encoder
+
+ARMS = ("scratch", "pretrained", "pretrained_frozen", "random_frozen")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """batch: frames per step; every: steps between validations; validation: share of the training logs held out; every_s: spacing of the
+    frames taken from a log."""
+
+    batch: int = 6
+    lr: float = 2e-3
+    most_steps: int = 900
+    every: int = 40
+    patience: int = 5
+    validation: float = 0.15
+    every_s: float = 0.5
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Result:
+    arm: str
+    fraction: float
+    seed: int
+    score: float
+    steps: int
+    seconds: float
+    logs: int
+    frames: int
+    curve: tuple[tuple[int, float], ...]
+
+
+def tasks() -> list[str]:
+    package = importlib.import_module("worldmodel.downstream")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+def examples(parts: Sequence[Part], task: ModuleType, config: Config, every_s: float) -> list[Any]:
+    """The labelled frames of the data, log by log. WmError where no log has labels."""
+    found = []
+    m = config.model
+    for part in parts:
+        labels = part.log.open_labels()
+        if labels is None:
+            continue
+        clips = clips_of(part.log, past=m.past, future=0, rate_hz=m.rate_hz, every_s=every_s, from_ns=part.from_ns, to_ns=part.to_ns)
+        found += [task.example_of(clip, labels, config) for clip in clips]
+    if not found:
+        raise WmError("no log of the data has labels with a full past; the simulator's have, and KITTI tracking labels beside a drive")
+    return found
+
+
+def drawn(logs: Sequence[str], fraction: float) -> list[str]:
+    """A share of the logs, at least one; smaller shares are part of larger ones."""
+    order = rng_of("labels").permutation(sorted(logs)).tolist()
+    return order[: max(1, round(fraction * len(order)))]
+
+
+def set_statistics(encoder: nn.Module, batches: Sequence[Any]) -> None:
+    """Running statistics of a network that was never trained, as averages over the batches: what a frozen random encoder needs."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    encoder.train()
+    with torch.no_grad():
+        for batch in batches:
+            encoder(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+class Trial:
+    """One arm, fraction and seed."""
+
+    def __init__(self, run: Path, arm: str, seed: int, task: ModuleType, config: Config, plan: Plan) -> None:
+        self.task, self.config, self.plan, self.seed = task, config, plan, seed
+        torch.manual_seed(seed)
+        self.encoder = build_encoder(config.encoder)
+        self.frozen = arm.endswith("frozen")
+        self.random = arm in ("scratch", "random_frozen")
+        if not self.random:
+            stored = checkpoint.load(run).weights
+            own = {name.removeprefix("encoder."): value for name, value in stored.items() if name.startswith("encoder.")}
+            self.encoder.load_state_dict(own, strict=True)
+        torch.manual_seed(seed)
+        self.head = task.Head(self.encoder.channels)
+
+    def tensors(self, frames: Sequence[Any], turns: Sequence[tuple[float, bool]]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        points, targets, valid = [], [], []
+        for frame, (yaw, mirror) in zip(frames, turns, strict=True):
+            cloud, boxes = self.task.turned(frame, yaw, mirror)
+            points.append(cloud)
+            target, known = self.task.target_of(boxes, self.config.encoder, self.encoder.cell_m, frame.fov_rad, yaw)
+            targets.append(target)
+            valid.append(known)
+        clouds = clouds_of(points, [0.0] * len(points), self.config.encoder)
+        return clouds, torch.from_numpy(np.stack(targets)), torch.from_numpy(np.stack(valid))
+
+    @torch.no_grad()
+    def score(self, frames: Sequence[Any]) -> float:
+        self.encoder.eval()
+        self.head.eval()
+        both = either = 0
+        for first in range(0, len(frames), 8):
+            some = frames[first : first + 8]
+            clouds, target, valid = self.tensors(some, [(0.0, False)] * len(some))
+            with self.autocast():
+                logits = self.head(self.encoder(clouds))
+            inter, union = self.task.overlap(logits.float(), target, valid)
+            both, either = both + inter, either + union
+        return both / max(either, 1)
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.autocast == "bf16")
+
+    def train(self, frames: Sequence[Any], held: Sequence[Any]) -> tuple[nn.Module, int, list[tuple[int, float]]]:
+        """Best weights by validation, the steps taken, and the validation curve."""
+        plan = self.plan
+        batch = lambda step: self._batch(frames, step)  # noqa: E731
+        if self.random:
+            set_statistics(self.encoder, [batch(s)[0] for s in range(8)])
+        parameters = [*self.head.parameters()] + ([] if self.frozen else [*self.encoder.parameters()])
+        optimizer = torch.optim.AdamW(parameters, plan.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        curve: list[tuple[int, float]] = []
+        best, since, step = (-1.0, copy.deepcopy((self.encoder.state_dict(), self.head.state_dict()))), 0, 0
+        while step < plan.most_steps and since < plan.patience:
+            warm = min(1.0, (step + 1) / 30)
+            late = 0.3 if since >= plan.patience - 2 else 1.0  # a lower rate before giving up
+            for group in optimizer.param_groups:
+                group["lr"] = plan.lr * warm * late
+            self.encoder.train(not self.frozen)
+            self.head.train()
+            clouds, target, valid = batch(step)
+            with self.autocast():
+                if self.frozen:
+                    with torch.no_grad():
+                        latent = self.encoder(clouds)
+                else:
+                    latent = self.encoder(clouds)
+                loss = self.task.loss(self.head(latent), target, valid)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 10.0)
+            optimizer.step()
+            step += 1
+            if step % plan.every == 0:
+                value = self.score(held)
+                curve.append((step, value))
+                if value > best[0] + 1e-4:
+                    best, since = (value, copy.deepcopy((self.encoder.state_dict(), self.head.state_dict()))), 0
+                else:
+                    since += 1
+        self.encoder.load_state_dict(best[1][0])
+        self.head.load_state_dict(best[1][1])
+        return self.encoder, step, curve
+
+    def _batch(self, frames: Sequence[Any], step: int) -> Any:
+        rng = rng_of(self.seed, "finetune", step)
+        chosen = [frames[i] for i in rng.integers(len(frames), size=self.plan.batch)]
+        return self.tensors(chosen, [(float(rng.uniform(-np.pi, np.pi)), bool(rng.random() < 0.5)) for _ in chosen])
+
+
+def finetune(
+    run: Path,
+    train_parts: Sequence[Part],
+    test_parts: Sequence[Part],
+    *,
+    task_name: str = "bev_segmentation",
+    arms: Sequence[str] = ARMS,
+    seeds: Sequence[int] = (0, 1, 2),
+    fractions: Sequence[float] = (1.0,),
+    plan: Plan | None = None,
+    report: Callable[[int, int, str], None] | None = None,
+) -> list[Result]:
+    """Every arm, fraction and seed; pairs share their label lists, batches and head initialisation."""
+    plan = plan or Plan()
+    if task_name not in tasks():
+        raise UsageError(f"--task {one_line(task_name)}: not one of {', '.join(tasks())}")
+    if wrong := sorted(set(arms) - set(ARMS)):
+        raise UsageError(f"--arms {one_line(wrong[0])}: not one of {', '.join(ARMS)}")
+    torch.set_num_threads(plan.threads)
+    torch.use_deterministic_algorithms(True)
+    config = rundir.read_config(run)
+    task = importlib.import_module(f"worldmodel.downstream.{task_name}")
+    train_frames = examples(train_parts, task, config, plan.every_s)
+    test_frames = examples(test_parts, task, config, plan.every_s)
+    names = sorted({frame.log for frame in train_frames})
+    if overlap := {frame.log for frame in test_frames} & set(names) if test_parts is not train_parts else set():
+        raise UsageError(f"log {one_line(sorted(overlap)[0])} is in the training and in the test data; take it out of one")
+    held_logs = set(rng_of("held").permutation(names)[: max(1, round(plan.validation * len(names)))].tolist()) if len(names) > 2 else set(names)
+    pool = [name for name in names if name not in held_logs] or names
+    held = [frame for frame in train_frames if frame.log in held_logs]
+    results: list[Result] = []
+    todo = [(f, s, a) for f in sorted(fractions) for s in seeds for a in arms]
+    for number, (fraction, seed, arm) in enumerate(todo):
+        chosen = set(drawn(pool, fraction))
+        frames = [frame for frame in train_frames if frame.log in chosen]
+        start = time.monotonic()
+        trial = Trial(run, arm, seed, task, config, plan)
+        _, steps, curve = trial.train(frames, held)
+        score = trial.score(test_frames)
+        results.append(Result(arm, fraction, seed, score, steps, round(time.monotonic() - start, 1), len(chosen), len(frames), tuple(curve)))
+        if report:
+            report(number + 1, len(todo), f"{arm} {fraction:.0%} seed {seed}: IoU {score:.3f} after {steps} steps")
+    return results
+
+
+def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Per fraction and arm: mean and standard deviation over seeds, and the mean paired difference to scratch."""
+    rows = []
+    for fraction in sorted({r.fraction for r in results}):
+        scratch = {r.seed: r.score for r in results if r.arm == "scratch" and r.fraction == fraction}
+        for arm in [a for a in ARMS if any(r.arm == a for r in results)]:
+            these = [r for r in results if r.arm == arm and r.fraction == fraction]
+            scores = np.array([r.score for r in these])
+            paired = np.array([r.score - scratch[r.seed] for r in these if r.seed in scratch])
+            rows.append({"fraction": fraction, "arm": arm, "seeds": len(these), "logs": these[0].logs, "frames": these[0].frames,
+                         "iou_mean": float(scores.mean()), "iou_std": float(scores.std(ddof=1)) if len(scores) > 1 else None,
+                         "minus_scratch": float(paired.mean()) if len(paired) else None,
+                         "minus_scratch_std": float(paired.std(ddof=1)) if len(paired) > 1 else None,
+                         "steps_mean": float(np.mean([r.steps for r in these]))})  # fmt: skip
+    return rows
+
+
+def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
+    return [asdict(r) for r in results]
