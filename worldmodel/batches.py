@@ -94,12 +94,11 @@ def _near_enough(found: past_evidence.Evidence) -> dict[str, Array]:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A clip ready for training: past clouds (N,4) x y z intensity in the state frame, newest first, as `latent_sweeps` asks, and their ages
-    (s); clouds of the future sweeps, thinned; times_s (K,); the ray table with range, intensity, colour and weight beside it."""
+    """A clip ready for training: past clouds (N,5) x y z intensity dt in the state frame, newest first, as `latent_sweeps` asks; clouds (N,5)
+    of the future sweeps; times_s (K,); the ray table with range, intensity, colour and weight beside it."""
 
     id: str
     past: tuple[Array, ...]
-    ages_s: Array
     future: tuple[Array, ...]
     times_s: Array
     rays: RayTable
@@ -109,16 +108,26 @@ class Prepared:
         return sum(a.nbytes for a in (*self.past, *self.future, *self.rays.columns.values()))
 
 
-def past_clouds(clip: Clip, history: History, config: Config) -> tuple[tuple[Array, ...], Array]:
-    """Clouds (N,4) f32 of the sweeps that the encoder sees, in the state frame, newest first, thinned to max_points; and their ages (T,) s."""
+def past_clouds(clip: Clip, history: History, config: Config) -> tuple[Array, ...]:
+    """Clouds (N,5) f32 x y z intensity dt of the sweeps that the encoder sees, in the state frame, newest first, thinned to max_points."""
     to_state = state_from_ego(clip, config.encoder)
-    clouds, ages = [], []
+    clouds = []
     for back in config.model.latent_sweeps:
         at = len(history.points) - 1 - back
-        points = np.concatenate((transform_points(to_state, history.points[at]), history.intensity[at][:, None]), 1)
-        clouds.append(thinned(points, config.encoder.max_points, rng_of("thin", clip.id, back)))
-        ages.append(-history.times_s[at])
-    return tuple(clouds), np.array(ages)
+        cloud = with_dt(transform_points(to_state, history.points[at]), history.intensity[at], -history.times_s[at])
+        most = config.encoder.max_points
+        clouds.append(thinned(cloud, -(-most // 2) if back else most, rng_of("thin", clip.id, back)))
+    return tuple(clouds)
+
+
+def with_dt(points: Array, intensity: Array, dt_s: float) -> Array:
+    """(N,5) f32: x y z, intensity, and for all of them dt_s, the time before the newest sweep."""
+    return np.concatenate((points, intensity[:, None], np.full((len(points), 1), dt_s)), 1).astype(np.float32)
+
+
+def joined(clouds: Sequence[Array], config: Config) -> tuple[Array, ...]:
+    """What the encoder is shown: the clouds in one with join_sweeps, else as they are."""
+    return (np.concatenate(clouds),) if config.model.join_sweeps else tuple(clouds)
 
 
 def thinned(points: Array, most: int, rng: np.random.Generator) -> Array:
@@ -135,7 +144,7 @@ def prepare(clip: Clip, config: Config) -> Prepared:
     """Everything about a clip that does not depend on epoch or augmentation."""
     history = history_of(clip)
     to_state = state_from_ego(clip, config.encoder)
-    past, ages = past_clouds(clip, history, config)
+    past = past_clouds(clip, history, config)
     asked, truth, future = [], [], []
     for step, frame in enumerate((clip.past[-1], *clip.future)):
         everything = rays_of(clip, frame, None)
@@ -145,12 +154,11 @@ def prepare(clip: Clip, config: Config) -> Prepared:
         if step:
             local = everything.directions * everything.ranges[:, None]
             points = transform_points(to_state @ everything.present_from_sensor, local)
-            cloud = np.concatenate((points, everything.intensity[:, None]), 1).astype(np.float32)
-            future.append(thinned(cloud, config.encoder.max_points, rng_of("thin future", clip.id, step)))
+            future.append(thinned(with_dt(points, everything.intensity, 0.0), config.encoder.max_points, rng_of("thin future", clip.id, step)))
     table = ray_table(history, asked, to_state, range(len(asked)))
     table.columns.update({name: np.concatenate([t[name] for t in truth]) for name in truth[0]})
     times = np.array([(frame.stamp_ns - clip.stamp_ns) / 1e9 for frame in clip.future])
-    return Prepared(clip.id, past, ages, tuple(future), times, table)
+    return Prepared(clip.id, past, tuple(future), times, table)
 
 
 def _stratified(history: History, rays: Rays, count: int, rng: np.random.Generator) -> tuple[Rays, Array]:
@@ -190,11 +198,12 @@ def _colours(clip: Clip, frame: Frame, rays: Rays) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """One clip in one step, after drawing, augmenting and withholding."""
+    """One clip in one step, after drawing, augmenting and withholding; newest: its newest past sweep without anything withheld."""
 
     id: str
     past: tuple[Array, ...]
     present: Array
+    newest: Array
     future: Array
     future_step: int
     times_s: Array
@@ -214,8 +223,8 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
         prior.append(rows[train.rays :])
     tables = [prepared.rays.take(np.concatenate(rows)) for rows in (stateful, prior)]
     past, future_step = list(prepared.past), int(rng.integers(len(prepared.future))) if prepared.future else 0
-    future = prepared.future[future_step] if prepared.future else np.zeros((0, 4), np.float32)
-    present = np.ones(len(past), bool)
+    future = prepared.future[future_step] if prepared.future else np.zeros((0, 5), np.float32)
+    present, newest = np.ones(len(past), bool), past[0]
     for table in tables:
         table.columns["hidden"] = np.zeros(len(table), bool)
         table.columns["with_evidence"] = np.ones(len(table), bool)
@@ -223,7 +232,10 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
         turn = _turn(rng, config)
         past = [_turned(points[rng.random(len(points)) >= train.point_drop * rng.random()], turn) for points in past]
         future = _turned(future, turn)
+        newest = past[0]
         tables = [_turned_rays(table, turn) for table in tables]
+        if config.model.join_sweeps and rng.random() < train.newest_share:
+            past = past[:1]
         if rng.random() < train.hidden_share:
             past, present, tables = _withheld(rng, past, present, tables)
         for table in tables:
@@ -232,7 +244,9 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
     for table in tables:
         readings = np.concatenate((table.columns["quadrants"].reshape(len(table), -1), table.columns["nearest"]), 1)
         table.columns["with_evidence"] &= (~np.isnan(readings)).any(1)
-    return Visit(prepared.id, tuple(past), present, future, future_step, prepared.times_s, tables[0], tables[1])
+    if config.model.join_sweeps:
+        past, present = list(joined(past, config)), np.ones(1, bool)
+    return Visit(prepared.id, tuple(past), present, newest, future, future_step, prepared.times_s, tables[0], tables[1])
 
 
 @dataclass(frozen=True)
@@ -354,15 +368,14 @@ def ray_input(table: RayTable, of: Array, device: torch.device | str = "cpu") ->
     return RayInput(of=torch.from_numpy(of).to(device), with_evidence=keep, **fields)
 
 
-def clouds_of(points: Sequence[Array], ages_s: Sequence[float], encoder: Encoder, device: torch.device | str = "cpu") -> Clouds:
-    """Clouds (N,4) x y z intensity with their ages, as the columns that the encoder's `features` name."""
-    columns = {"x": 0, "y": 1, "z": 2, "intensity": 3}
-    rows = []
-    for cloud, age in zip(points, ages_s, strict=True):
-        wanted = [np.full(len(cloud), age, np.float32) if name == "dt" else cloud[:, columns[name]] for name in encoder.features]
-        rows.append(np.stack(wanted, 1).astype(np.float32))
-    sizes = tuple(len(r) for r in rows)
-    return Clouds(torch.from_numpy(np.concatenate(rows) if rows else np.zeros((0, len(encoder.features)), np.float32)).to(device), sizes)
+COLUMNS = ("x", "y", "z", "intensity", "dt")
+
+
+def clouds_of(clouds: Sequence[Array], encoder: Encoder, device: torch.device | str = "cpu") -> Clouds:
+    """Clouds (N,5) x y z intensity dt as the columns that the encoder's `features` name."""
+    wanted = [COLUMNS.index(name) for name in encoder.features]
+    rows = np.concatenate([np.zeros((0, len(COLUMNS)), np.float32), *clouds])[:, wanted]
+    return Clouds(torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device), tuple(len(c) for c in clouds))
 
 
 def collate(visits: Sequence[Visit], config: Config, device: torch.device | str = "cpu") -> Batch:
@@ -371,10 +384,9 @@ def collate(visits: Sequence[Visit], config: Config, device: torch.device | str 
     of = np.concatenate([np.full(len(t), i % len(visits), np.int64) for i, t in enumerate(tables)])
     table = RayTable({name: np.concatenate([t.columns[name] for t in tables]) for name in tables[0].columns})
     encoder = config.encoder
-    ages = [1.0 / config.model.rate_hz * back for back in config.model.latent_sweeps]
     tensor = lambda name: torch.from_numpy(np.ascontiguousarray(table.columns[name])).to(device)  # noqa: E731
     return Batch(
-        clouds=clouds_of([p for v in visits for p in v.past], ages * len(visits), encoder, device),
+        clouds=clouds_of([p for v in visits for p in v.past], encoder, device),
         present=torch.from_numpy(np.stack([v.present for v in visits])).to(device),
         times_s=torch.from_numpy(np.stack([v.times_s for v in visits]).astype(np.float32)).to(device),
         rays=ray_input(table, of, device),
@@ -384,7 +396,7 @@ def collate(visits: Sequence[Visit], config: Config, device: torch.device | str 
         hidden=tensor("hidden"),
         intensity=tensor("intensity").float(),
         colour=tensor("colour").float(),
-        future=clouds_of([v.future for v in visits], [0.0] * len(visits), encoder, device) if len(visits[0].future) else None,
+        future=clouds_of([v.future for v in visits] + [v.newest for v in visits], encoder, device) if len(visits[0].future) else None,
         future_step=torch.tensor([v.future_step for v in visits], device=device),
         clips=tuple(v.id for v in visits),
     )

@@ -25,7 +25,8 @@ class Encoder:
     """The pillar encoder, named and counted as OpenPCDet's PillarVFE and BaseBEVBackbone are. low, high (3) and voxel (3) in metres, in the
     LiDAR's frame, turned by input_yaw_deg first (90: x right, y forward, as nuScenes' LIDAR_TOP has it). features: what a point carries, of
     x y z intensity dt. time_s: what dt is multiplied with. padded_slots: the hard VFE's rule, in which empty slots compete in the
-    maximum; max_points_per_pillar and max_pillars are its caps (0: none). max_points: a sweep is thinned to so many (0: not)."""
+    maximum; max_points_per_pillar and max_pillars are its caps (0: none). max_points: the newest
+    sweep is thinned to so many, older ones to half (0: not)."""
 
     build: str
     low: tuple[float, ...]
@@ -64,13 +65,15 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Model:
-    """past, future: frames of a clip at rate_hz. latent_sweeps: which past sweeps the encoder sees (0 = the newest, 1 = the one before ...).
-    channels: of the state. head_*: see `worldmodel.heads.rays.RayHead`."""
+    """past, future: frames of a clip at rate_hz. latent_sweeps: which past sweeps the encoder sees (0 = the newest, 1 = the one before ...), in
+    one cloud with join_sweeps (the feature `dt` tells them apart), else each by itself. channels: of the state. head_*: see
+    `worldmodel.heads.rays.RayHead`."""
 
     past: int
     future: int
     rate_hz: float
     latent_sweeps: tuple[int, ...]
+    join_sweeps: bool
     channels: int
     dynamics_width: int
     head_width: int
@@ -82,7 +85,7 @@ class Model:
 class Train:
     """clips per step; rays read with the state and without it, per clip and instant; every_s: spacing of the clips' t = 0; stored_rays: drawn
     once per clip and instant, of which each visit takes some. hidden_share: of the clips get a region hidden; evidence_share: of the
-    rays with state keep their evidence; sweep_drop: chance that a ray loses the evidence of one past sweep. validation: share of the
+    rays with state keep their evidence; newest_share: of the clips show the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep. validation: share of the
     clips held out, whole logs where there are several. cache_gb: memory for prepared clips. autocast: auto, bf16 or off."""
 
     steps: int
@@ -99,6 +102,7 @@ class Train:
     crps_weight: float
     hidden_share: float
     evidence_share: float
+    newest_share: float
     sweep_drop: float
     rotate: bool
     flip: bool

@@ -125,7 +125,7 @@ class Trial:
             target, known = self.task.target_of(boxes, self.config.encoder, self.encoder.cell_m, frame.fov_rad, yaw)
             targets.append(target)
             valid.append(known)
-        clouds = clouds_of(points, [0.0] * len(points), self.config.encoder)
+        clouds = clouds_of(points, self.config.encoder)
         return clouds, torch.from_numpy(np.stack(targets)), torch.from_numpy(np.stack(valid))
 
     @torch.no_grad()

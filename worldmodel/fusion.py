@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Fusion(nn.Module):
-    """Latents (B,T,C,H,W), ages (B,T) s -> state (B,channels,H,W). A sweep that is withheld is a map of zeros with a flag of its own."""
+    """Latents (B,T,C,H,W) -> state (B,channels,H,W). A sweep that is withheld is a map of zeros with a flag of its own."""
 
     def __init__(self, latent: int, sweeps: int, channels: int) -> None:
         super().__init__()

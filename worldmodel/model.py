@@ -29,7 +29,8 @@ class Batch:
     """clouds: B*T past sweeps, clip by clip, newest first; present (B,T) bool: which of them are there (a withheld one has no points);
     times_s (B,K): future instants. rays: N rays, of which the first `stateful` are read with the state. ranges (N,): the truth, NaN where
     unknown; weight (N,); hidden (N,) bool: the truth lies in a region withheld from all past input; intensity (N,), colour (N,3): of the
-    return, NaN where unknown. future: clouds of the true future sweep at index future_step (B,) of times_s, or None. clips: their ids."""
+    return, NaN where unknown. future: B clouds of the true future sweep at index future_step
+    (B,) of times_s, then B of the newest past sweep with nothing withheld, or None. clips: their ids."""
 
     clouds: Clouds
     present: Tensor
@@ -64,7 +65,7 @@ class WorldModel(nn.Module):
         self.encoder = build_encoder(config.encoder)
         self.cell_m = float(self.encoder.cell_m)  # type: ignore[arg-type]
         latent = int(self.encoder.channels)  # type: ignore[arg-type]
-        self.fusion = Fusion(latent, len(model.latent_sweeps), model.channels)
+        self.fusion = Fusion(latent, 1 if model.join_sweeps else len(model.latent_sweeps), model.channels)
         self.dynamics = Dynamics(model.channels, model.dynamics_width)
         self.rays = RayHead(model.past, model.past + MOVED_COPIES, model.head_bins, model.head_width, model.channels, model.head_latent_width)
         self.future_latent = nn.Sequential(nn.Conv2d(model.channels, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, latent, 1))

@@ -19,7 +19,7 @@ from sensors.data import Part
 from sensors.geometry import transform_points
 from sensors.rays import History, history_of, rays_of
 from sensors.records import Clip, Labels
-from worldmodel.batches import clouds_of, rng_of, state_from_ego
+from worldmodel.batches import clouds_of, past_clouds, rng_of, state_from_ego
 from worldmodel.downstream.bev_segmentation import is_vehicle, target_of
 from worldmodel.encoders.contract import build_encoder
 from worldmodel.finetune import set_statistics
@@ -44,7 +44,7 @@ def average_precision(score: Array, truth: Array) -> float:
 
 
 def raw_features(points: Array, low: Sequence[float], cell_m: float, shape: tuple[int, int]) -> Array:
-    """(H,W,6) f32 of points (N,4): log count, lowest, highest and mean height, their spread, mean intensity; zero where empty."""
+    """(H,W,6) f32 of points (N,5): log count, lowest, highest and mean height, their spread, mean intensity; zero where empty."""
     height, width = shape
     row = np.floor((points[:, 1] - low[1]) / cell_m).astype(int)
     column = np.floor((points[:, 0] - low[0]) / cell_m).astype(int)
@@ -82,7 +82,7 @@ def _targets(clip: Clip, labels: Labels, history: History, trained: Trained, sha
         rays = rays_of(clip, frame, None)
         clouds.append(transform_points(to_state @ rays.present_from_sensor, rays.directions * rays.ranges[:, None]))
     everything = np.concatenate(clouds)
-    raw = raw_features(np.concatenate((everything, np.zeros((len(everything), 1), np.float32)), 1), encoder.low, cell, shape)
+    raw = raw_features(np.concatenate((everything, np.zeros((len(everything), 2), np.float32)), 1), encoder.low, cell, shape)
     out["occupied"] = raw[:, :, 4] > STANDS_M
     return out
 
@@ -126,22 +126,19 @@ def probe(trained: Trained, parts: Sequence[Part], *, most_clips: int = 60, seed
     sides: list[Array] = []
     logs = sorted({clip.log.id for clip, _ in clips})
     histories = [history_of(clip) for clip, _ in clips]
-    from worldmodel.batches import past_clouds
-
     inputs = [
         clouds_of(past_clouds(clip, h, trained.config)[0][:1], [0.0], trained.config.encoder) for (clip, _), h in zip(clips, histories, strict=True)
     ]
     set_statistics(untrained, inputs[:16])
     untrained.eval()
-    for (clip, labels), history, cloud in zip(clips, histories, inputs, strict=True):
+    for (clip, labels), history, points, cloud in zip(clips, histories, newest, inputs, strict=True):
         with torch.no_grad():
             latents = trained.latents(clip, history)
             present = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
             state = trained.model.fusion(latents, present)[0].float().cpu().numpy()
+            latent = trained.model.encoder(cloud)[0].float().cpu().numpy()
             blank = untrained(cloud)[0].numpy()
-        latent = latents[0, 0].cpu().numpy()
         shape = latent.shape[1:]
-        points = past_clouds(clip, history, trained.config)[0][0]
         raw = raw_features(points, trained.config.encoder.low, trained.model.cell_m, shape)
         targets = _targets(clip, labels, history, trained, shape)
         touched = np.flatnonzero(raw[:, :, 0].reshape(-1) > 0)

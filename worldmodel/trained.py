@@ -15,7 +15,7 @@ from sensors.errors import WmError, one_line
 from sensors.rays import History, Rays, hide_sector, history_of, in_sector, rays_of
 from sensors.records import Clip
 from worldmodel import calibration, checkpoint, forecast, rundir
-from worldmodel.batches import clouds_of, past_clouds, ray_input, ray_table, state_from_ego
+from worldmodel.batches import clouds_of, joined, past_clouds, ray_input, ray_table, state_from_ego
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import WorldModel
 from worldmodel.validation import without_evidence
@@ -54,10 +54,9 @@ class Trained:
     @torch.no_grad()
     def latents(self, clip: Clip, history: History) -> torch.Tensor:
         """(1,T,C',H,W) f32 of the past sweeps that the encoder sees, newest first."""
-        points, _ = past_clouds(clip, history, self.config)
-        ages = [back / self.config.model.rate_hz for back in self.config.model.latent_sweeps]
+        clouds = joined(past_clouds(clip, history, self.config), self.config)
         with self._autocast():
-            return self.model.encode(clouds_of(points, ages, self.config.encoder, self.device), len(points)).float()
+            return self.model.encode(clouds_of(clouds, self.config.encoder, self.device), len(clouds)).float()
 
     @torch.no_grad()
     def raw_mixtures(self, clip: Clip, history: History, rays: Sequence[Rays], arms: Sequence[str] = arms) -> dict[str, list[Mixture]]:

@@ -20,7 +20,7 @@ from worldmodel.batches import collate, prepare, visit
 from worldmodel.config import Config
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import Batch, WorldModel
-from worldmodel.objectives.future_latent import normalised
+from worldmodel.objectives.future_latent import change_of, foretold
 
 MOST_CLIPS = 24
 RAYS = 160
@@ -83,11 +83,9 @@ class HeldOut:
             truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu()))
             latents.append(output.latents[:, 0].float().cpu())
             if batch.future is not None:
-                future, present = normalised(model.encoder(batch.future).float()), normalised(output.latents[:, 0].float())
-                row = torch.arange(len(batch.future_step), device=device)
-                foretold = model.future_latent(output.states.float()[row, batch.future_step + 1]).permute(0, 2, 3, 1)
-                errors += float((foretold - (future - present)).square().sum())
-                copies += float((future - present).square().sum())
+                change, busy = change_of(model.encoder(batch.future).float())
+                errors += float(((foretold(model, batch, output) - change).square().mean(3) * busy).sum())
+                copies += float((change.square().mean(3) * busy).sum())
         if not truth:
             raise WmError("no held-out clip is readable; run `wm check` on the store")
         ranges, horizon, step = (torch.cat(column) for column in zip(*truth, strict=True))

@@ -51,7 +51,7 @@ def _coarse(columns):
 @njit(nogil=True, cache=True, error_model="numpy")
 def _cell(value, count):
     """The cell of a coordinate, clamped into 0 .. count - 1 as a float, before it becomes an integer."""
-    return int(np.floor(min(max(value, 0.0), count - 0.5)))
+    return int(min(max(value, 0.0), count - 0.5))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -84,8 +84,9 @@ def _entry(cell, o, d, t):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _walk(columns, coarse, swap, n_major, n_minor, nz, om, dm, on, dn, oz, dz, t0, t1):
+def _walk(columns, coarse, n_major, n_minor, nz, strides, om, dm, on, dn, oz, dz, t0, t1):
     """First hit between t0 and t1 of a ray in cell units; m is the major axis, n the minor one. Major, minor and z cell, or -1."""
+    stride_m, stride_n, block_m, block_n = strides
     step = 1 if dm > 0.0 else -1
     exit_side = 1 if dm > 0.0 else 0
     up = dz > 0.0
@@ -104,32 +105,32 @@ def _walk(columns, coarse, swap, n_major, n_minor, nz, om, dm, on, dn, oz, dz, t
         a, b = on + dn * t_in, on + dn * t_block
         c_first = _cell(min(a, b) - SLACK, n_minor) // COARSE
         c_last = _cell(max(a, b) + SLACK, n_minor) // COARSE
-        word = uint64(0)
-        for c in range(c_first, c_last + 1):
-            word |= coarse[c, block] if swap else coarse[block, c]
+        # at most three columns of blocks, the third only by the slack
+        row = block * block_m
+        word = coarse[uint64(row + c_first * block_n)] | coarse[uint64(row + c_last * block_n)]
+        word |= coarse[uint64(row + (c_first + c_last) // 2 * block_n)]
         a, b = oz + dz * t_in, oz + dz * t_block
         if word & _run(_cell(min(a, b) - SLACK, nz), _cell(max(a, b) + SLACK, nz)) == uint64(0):
             t_in = t_block
             i = block_last + step
             continue
+        j0, z0 = _cell(on + dn * t_in, n_minor), _cell(oz + dz * t_in, nz)
         while (block_last - i) * step >= 0:
             t_out = t1 if i == last else min(max((i + exit_side - om) * per_m, t_in), t1)
-            j0, j1 = _cell(on + dn * t_in, n_minor), _cell(on + dn * t_out, n_minor)
+            j_out, z1 = _cell(on + dn * t_out, n_minor), _cell(oz + dz * t_out, nz)
             # a slab is no longer than one cell of the minor axis: a second crossing is rounding
-            j1 = min(max(j1, j0 - 1), j0 + 1)
-            z0, z1 = _cell(oz + dz * t_in, nz), _cell(oz + dz * t_out, nz)
-            z_mid = z1
-            if j1 != j0:
-                t_mid = min(max((max(j0, j1) - on) * per_n, t_in), t_out)
-                z_mid = min(max(_cell(oz + dz * t_mid, nz), min(z0, z1)), max(z0, z1))
-            hit = (columns[j0, i] if swap else columns[i, j0]) & _run(z0, z_mid)
-            if hit != uint64(0):
-                return i, j0, _nearest_bit(hit, up)
-            if j1 != j0:
-                hit = (columns[j1, i] if swap else columns[i, j1]) & _run(z_mid, z1)
-                if hit != uint64(0):
-                    return i, j1, _nearest_bit(hit, up)
-            t_in = t_out
+            j1 = min(max(j_out, j0 - 1), j0 + 1)
+            t_mid = min(max((max(j0, j1) - on) * per_n, t_in), t_out)
+            z_mid = min(max(_cell(oz + dz * t_mid, nz), min(z0, z1)), max(z0, z1))
+            z_mid = z1 if j1 == j0 else z_mid
+            row = i * stride_m
+            hit0 = columns[uint64(row + j0 * stride_n)] & _run(z0, z_mid)
+            hit1 = columns[uint64(row + j1 * stride_n)] & _run(z_mid, z1)
+            if (hit0 | hit1) != uint64(0):
+                if hit0 != uint64(0):
+                    return i, j0, _nearest_bit(hit0, up)
+                return i, j1, _nearest_bit(hit1, up)
+            t_in, j0, z0 = t_out, j_out, z1
             i += step
     return -1, -1, -1
 
@@ -138,6 +139,8 @@ def _walk(columns, coarse, swap, n_major, n_minor, nz, om, dm, on, dn, oz, dz, t
 def _cast(columns, coarse, low, size, origins, directions, min_range, max_range, entry, centre):
     nx, ny = columns.shape
     nz = 64
+    blocks = coarse.shape[1]
+    flat, flat_coarse = columns.reshape(-1), coarse.reshape(-1)
     one_origin = origins.shape[0] == 1
     for r in range(directions.shape[0]):
         entry[r], centre[r] = np.nan, np.nan
@@ -164,9 +167,9 @@ def _cast(columns, coarse, low, size, origins, directions, min_range, max_range,
             hit = columns[x, y] & _run(_cell(oz + dz * t0, nz), _cell(oz + dz * t1, nz))
             x, z = (x, _nearest_bit(hit, dz > 0.0)) if hit != uint64(0) else (-1, -1)
         elif abs(dx) >= abs(dy):
-            x, y, z = _walk(columns, coarse, False, nx, ny, nz, ox, dx, oy, dy, oz, dz, t0, t1)
+            x, y, z = _walk(flat, flat_coarse, nx, ny, nz, (ny, 1, blocks, 1), ox, dx, oy, dy, oz, dz, t0, t1)
         else:
-            y, x, z = _walk(columns, coarse, True, ny, nx, nz, oy, dy, ox, dx, oz, dz, t0, t1)
+            y, x, z = _walk(flat, flat_coarse, ny, nx, nz, (1, ny, 1, blocks), oy, dy, ox, dx, oz, dz, t0, t1)
         if x < 0:
             continue
         entry[r] = min(_entry(z, oz, dz, _entry(y, oy, dy, _entry(x, ox, dx, t0))), t1)

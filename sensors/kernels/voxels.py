@@ -137,10 +137,10 @@ def _group(points, low, size, nx, ny, nz, words, summary, before):
         oid[j] = rank
         of[i] = rank
         slot = rank << uint64(2)
-        sums[slot] += points[i, 0]
-        sums[slot + uint64(1)] += points[i, 1]
-        sums[slot + uint64(2)] += points[i, 2]
-        sums[slot + uint64(3)] += float32(1)
+        # all loads before all stores: one vector add
+        x, y, z = points[i, 0], points[i, 1], points[i, 2]
+        s0, s1, s2, s3 = sums[slot], sums[slot + one], sums[slot + uint64(2)], sums[slot + uint64(3)]
+        sums[slot], sums[slot + one], sums[slot + uint64(2)], sums[slot + uint64(3)] = s0 + x, s1 + y, s2 + z, s3 + float32(1)
     for s in range(summary.shape[0]):
         left = summary[s]
         while left != uint64(0):
@@ -168,23 +168,36 @@ def _group(points, low, size, nx, ny, nz, words, summary, before):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _features(points, cells, row, order, mean, low, size, nx, ny, out):
+def _features(points, cells, order, of, mean, low, size, nx, ny, out):
     width = points.shape[1]
     half = float32(0.5)
     ox, oy, oz = low[0] + size[0] * half, low[1] + size[1] * half, low[2] + size[2] * half
-    for v in range(cells.shape[0]):
+    sx, sy, sz = size[0], size[1], size[2]
+    number = cells.shape[0]
+    # a division of float64 is exact for cells below 2^31, and several times as fast as one of integers
+    fx, fy = float(nx), float(ny)
+    inx, iny = int32(nx), int32(ny)
+    around = np.empty(8 * number, np.float32)
+    for v in range(number):
         cell = cells[v]
-        cx = float32(float32(cell % nx) * size[0]) + ox
-        cy = float32(float32(cell // nx % ny) * size[1]) + oy
-        cz = float32(float32(cell // (nx * ny)) * size[2]) + oz
-        mx, my, mz = mean[v, 0], mean[v, 1], mean[v, 2]
-        for k in range(row[v], row[v + 1]):
-            i = uint64(order[k])
-            for f in range(width):
-                out[k, f] = points[i, f]
-            x, y, z = points[i, 0], points[i, 1], points[i, 2]
-            out[k, width], out[k, width + 1], out[k, width + 2] = x - mx, y - my, z - mz
-            out[k, width + 3], out[k, width + 4], out[k, width + 5] = x - cx, y - cy, z - cz
+        line = int32(cell / fx)
+        layer = int32(line / fy)
+        slot = uint64(v) << uint64(3)
+        around[slot], around[slot + uint64(1)], around[slot + uint64(2)] = mean[v, 0], mean[v, 1], mean[v, 2]
+        around[slot + uint64(3)] = float32(float32(int32(cell - line * inx)) * sx) + ox
+        around[slot + uint64(4)] = float32(float32(int32(line - layer * iny)) * sy) + oy
+        around[slot + uint64(5)] = float32(float32(layer) * sz) + oz
+    for k in range(order.shape[0]):
+        i = uint64(order[k])
+        slot = uint64(of[i]) << uint64(3)
+        x, y, z = points[i, 0], points[i, 1], points[i, 2]
+        out[k, 0], out[k, 1], out[k, 2] = x, y, z
+        for f in range(3, width):
+            out[k, f] = points[i, f]
+        m0, m1, m2 = around[slot], around[slot + uint64(1)], around[slot + uint64(2)]
+        c0, c1, c2 = around[slot + uint64(3)], around[slot + uint64(4)], around[slot + uint64(5)]
+        out[k, width], out[k, width + 1], out[k, width + 2] = x - m0, y - m1, z - m2
+        out[k, width + 3], out[k, width + 4], out[k, width + 5] = x - c0, y - c1, z - c2
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -319,7 +332,7 @@ def pillar_features(points: Array, grouped: Pillars) -> Array:
     if len(points) != len(grouped.of):
         raise ValueError(f"pillar_features: {len(points)} points, but {len(grouped.of)} were grouped; give the same ones")
     out = np.empty((len(grouped.order), points.shape[1] + 6), np.float32)
-    _features(points, grouped.cells, grouped.row, grouped.order, grouped.mean, low, size, shape[0], shape[1], out)
+    _features(points, grouped.cells, grouped.order, grouped.of, grouped.mean, low, size, shape[0], shape[1], out)
     return out
 
 

@@ -94,6 +94,15 @@ def test_the_data_of_a_page_give_back_the_forecast(street):
     np.testing.assert_allclose(read(frame["width"], "u1", frame["count"]) * 0.05, np.ptp(future.quantiles, axis=1), atol=0.026)
 
 
+def test_with_a_withheld_sector_the_numbers_are_those_of_its_rays(street):
+    forecast = street(hidden=True)
+    cells = [float(np.median(np.abs(f.ranges - f.truth)[f.hidden])) for f in forecast.futures]
+    page = forecast_page(forecast)
+    assert "over the rays into the withheld sector" in page and "over all rays" in forecast_page(street())
+    row = re.search(r"<th scope=row>model</th>(.*?)</tr>", page).group(1)
+    assert [float(c) for c in re.findall(r">([0-9.]+) /", row)] == pytest.approx(cells, abs=6e-4)
+
+
 def test_hostile_names_stay_text(street, hostile):
     forecast = street(hostile)
     futures = tuple(dataclasses.replace(f, baselines={hostile: f.ranges}) for f in forecast.futures)

@@ -14,9 +14,9 @@ from worldmodel.encoders.standalone import Encoder
 from worldmodel.sampling import sample_maps
 
 
-def cloud(count: int, seed: int, features: int = 4) -> torch.Tensor:
+def cloud(count: int, seed: int, features: int = 5) -> torch.Tensor:
     rng = np.random.Generator(np.random.Philox(seed))
-    points = rng.normal(0, (12, 12, 1, 0.3)[:features], (count, features)).astype(np.float32)
+    points = rng.normal(0, (12, 12, 1, 0.3, 0.3)[:features], (count, features)).astype(np.float32)
     if count > 10:
         points[:5] *= 100
         points[5] = np.nan

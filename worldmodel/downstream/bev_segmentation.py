@@ -1,4 +1,4 @@
-"""Vehicles seen from above: per cell of the encoder's map, is it covered by a vehicle's box at t = 0. The input is the newest sweep alone.
+"""Vehicles seen from above: per cell of the encoder's map, is it covered by a vehicle's box at t = 0. The input is what the encoder sees in pretraining.
 
 IoU is the sum of intersections over the sum of unions of the whole set, at probability 0.5, in the cells whose labels are complete.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sensors.geometry import rotation_z, transform_points
 from sensors.rays import history_of
 from sensors.records import Clip, Labels
-from worldmodel.batches import past_clouds, state_from_ego
+from worldmodel.batches import joined, past_clouds, state_from_ego
 from worldmodel.config import Config, Encoder
 
 Array = NDArray[Any]
@@ -27,7 +27,7 @@ POSITIVE_WEIGHT = 3.0
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """log: whose clip it is; points (N,4) f32 x y z intensity; boxes (n,5) f64 x y length width yaw of vehicles; both in the state frame.
+    """log: whose clip it is; points (N,5) f32 x y z intensity dt; boxes (n,5) f64 x y length width yaw of vehicles; both in the state frame.
     fov_rad: half-angle about the x axis within which the labels are complete (pi: everywhere)."""
 
     log: str
@@ -41,7 +41,7 @@ def is_vehicle(category: str) -> bool:
 
 
 def example_of(clip: Clip, labels: Labels, config: Config) -> Example:
-    """The newest past sweep of a clip with its vehicles."""
+    """The past of a clip as the encoder sees it (one cloud: the newest sweep, unless sweeps are joined), with the vehicles at t = 0."""
     to_state = state_from_ego(clip, config.encoder)
     turn = float(np.arctan2(to_state[1, 0], to_state[0, 0]))
     rows = []
@@ -49,7 +49,7 @@ def example_of(clip: Clip, labels: Labels, config: Config) -> Example:
         if box.stamp_ns == clip.stamp_ns and is_vehicle(box.category):
             x, y, _ = transform_points(to_state, box.centre[None])[0]
             rows.append((x, y, box.size[0], box.size[1], box.yaw_rad + turn))
-    points = past_clouds(clip, history_of(clip), config)[0][0]
+    points = joined(past_clouds(clip, history_of(clip), config), config)[0]
     return Example(clip.log.id, points, np.array(rows).reshape(-1, 5), labels.complete_fov_rad)
 
 

@@ -30,10 +30,16 @@ def seconds(value: float) -> str:
     return f"{value:+.1f} s" if abs(value) > 0.05 else "0.0 s"
 
 
-def median_error(future: RayForecast, ranges: Array) -> float:
-    """Median absolute range error in metres over rays with a truth and an answer; NaN without any."""
+def scored(future: RayForecast, ranges: Array) -> Array:
+    """Absolute range errors (S,) in metres of the rays with a truth and an answer; where part of the past was withheld, of the hidden rays."""
     error = np.abs(ranges - future.truth)
-    error = error[np.isfinite(error)]
+    kept = np.isfinite(error) if future.hidden is None or not future.hidden.any() else np.isfinite(error) & future.hidden
+    return error[kept]
+
+
+def median_error(future: RayForecast, ranges: Array) -> float:
+    """Median of the `scored` errors in metres; NaN without any."""
+    error = scored(future, ranges)
     return float(np.median(error)) if len(error) else float("nan")
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worldmodel.drawing import colours
-from worldmodel.drawing.animation import EGO_OUTLINE, median_error, seconds
+from worldmodel.drawing.animation import EGO_OUTLINE, median_error, scored, seconds
 from worldmodel.drawing.markup import digest, document, escaped, script_json
-from worldmodel.drawing.sector import CERTAINTY_M
+from worldmodel.drawing.sector import CERTAINTY_M, sector_of
 from worldmodel.forecast import Forecast, RayForecast
 
 Array = NDArray[Any]
@@ -135,8 +135,7 @@ def _numbers(forecast: Forecast, names: list[str]) -> str:
         cells = []
         for future in forecast.futures:
             ranges = future.ranges if name == "model" else future.baselines.get(name)
-            error = np.abs(ranges - future.truth) if ranges is not None else np.zeros(0)
-            error = error[np.isfinite(error)]
+            error = scored(future, ranges) if ranges is not None else np.zeros(0)
             cells.append((float(np.median(error)), float(error.mean())) if len(error) else (float("nan"), float("nan")))
         rows.append((name, cells))
     lines = []
@@ -147,9 +146,10 @@ def _numbers(forecast: Forecast, names: list[str]) -> str:
             best = ' class="best"' if others and median == min(others) else ""
             marks.append(f"<td{best}>{median:.3f} / {mean:.2f}</td>" if np.isfinite(median) else "<td>-</td>")
         lines.append(f"<tr><th scope=row>{escaped(name)}</th>{''.join(marks)}</tr>")
+    over = "the rays into the withheld sector" if any(sector_of(f) for f in forecast.futures) else "all rays"
     head = "".join(f"<th scope=col>{seconds(f.horizon_s)}</th>" for f in forecast.futures)
     return (
-        "<table><caption>Absolute range error in metres, median / mean over all rays; the lowest median is marked</caption>"
+        f"<table><caption>Absolute range error in metres, median / mean over {over}; the lowest median is marked</caption>"
         f"<thead><tr><th scope=col>method</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     )
 
@@ -158,8 +158,7 @@ def _ordered(forecast: Forecast) -> tuple[list[str], list[str]]:
     """The baselines, the best one first and then by mean error; and those of them that are drawn."""
 
     def error(name: str) -> float:
-        gaps = [np.abs(f.baselines[name] - f.truth) for f in forecast.futures if name in f.baselines]
-        known = np.concatenate(gaps)[np.isfinite(np.concatenate(gaps))]
+        known = np.concatenate([scored(f, f.baselines[name]) for f in forecast.futures if name in f.baselines])
         return float(known.mean()) if len(known) else np.inf
 
     names = {name for future in forecast.futures for name in future.baselines}

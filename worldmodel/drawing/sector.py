@@ -97,7 +97,7 @@ def sector_picture(forecast: Forecast, scale: float = 1.6) -> bytes:
     draw.text((px(12), px(9)), what, font=title, fill=colours.TEXT)
     room = px(WIDTH - 36) - draw.textlength(what, title)
     draw.text((px(WIDTH - 12), px(11)), fit(draw, forecast.clip, small, room), font=small, fill=colours.FAINT, anchor="ra")
-    error = median_error(future, np.where(hidden, future.ranges, np.nan))
+    error = median_error(future, future.ranges)
     figure = f"median error there {100 * error:.0f} cm" if np.isfinite(error) else "no truth there"
     panels = ((given, "given", "last sweep"), (filled, "filled in", figure), (truth, "truth", "never shown to the model"))
     for column, (image, name, line) in enumerate(panels):

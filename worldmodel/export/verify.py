@@ -15,7 +15,7 @@ from sensors.data import Part
 from sensors.errors import UsageError, WmError, one_line
 from sensors.files import check_folder, parse_json, read_whole
 from sensors.rays import history_of
-from worldmodel.batches import clouds_of, past_clouds, rng_of
+from worldmodel.batches import clouds_of, joined, past_clouds, rng_of
 from worldmodel.trained import Trained
 
 TOLERANCE = 1e-5
@@ -49,17 +49,17 @@ def export(run: Path, target: str, folder: Path, parts: list[Part]) -> dict[str,
 
 
 def sample_cloud(trained: Trained, parts: list[Part]) -> torch.Tensor:
-    """(N,F) f32: the newest past sweep of the first clip of the data, else points of fixed seed spread over the encoder's range."""
+    """(N,F) f32: what the encoder sees of the first clip of the data, else points of fixed seed spread over the encoder's range."""
     encoder = trained.config.encoder
     for part in parts:
         m = trained.config.model
         clips = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, from_ns=part.from_ns, to_ns=part.to_ns)
         if clips:
-            clouds, _ = past_clouds(clips[0], history_of(clips[0]), trained.config)
-            return clouds_of(clouds[:1], [0.0], encoder).points
+            clouds = joined(past_clouds(clips[0], history_of(clips[0]), trained.config), trained.config)
+            return clouds_of(clouds[:1], encoder).points
     rng = rng_of("sample")
-    cloud = np.concatenate((rng.uniform(encoder.low, encoder.high, (5000, 3)), rng.random((5000, 1))), 1).astype(np.float32)
-    return clouds_of([cloud], [0.0], encoder).points
+    cloud = np.concatenate((rng.uniform(encoder.low, encoder.high, (5000, 3)), rng.random((5000, 2))), 1).astype(np.float32)
+    return clouds_of([cloud], encoder).points
 
 
 def verify(folder: Path) -> dict[str, Any]:

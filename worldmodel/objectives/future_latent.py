@@ -1,6 +1,6 @@
-"""What the encoder will see: from the state rolled out to a future instant, the change of the encoder's latent from the present to the true
-future sweep, which is in the present frame like all points. The target is normalised over channels and gets no gradient; it cannot
-collapse alone, since the same latents carry the ray objectives. Asked only where either sweep has something."""
+"""What the encoder will see: from the state rolled out to a future instant, how the encoder's latent of one sweep changes from the present
+to that instant; both sweeps are in the present frame like all points. The target is normalised over channels and gets no gradient; it
+cannot collapse alone, since the same encoder carries the ray objectives. Asked only where either sweep has something."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ def loss(model: WorldModel, batch: Batch, output: Output) -> Tensor:
     if batch.future is None:
         return output.states.new_zeros(())
     with torch.no_grad():
-        future = model.encode_target(batch.future).float()
-    rows = torch.arange(len(batch.future_step), device=future.device)
-    predicted = model.future_latent(output.states[rows, batch.future_step + 1]).float().permute(0, 2, 3, 1)
-    present = output.latents[:, 0].detach().float()
-    busy = (present.abs().amax(1) > 0) | (future.abs().amax(1) > 0)
-    usable = busy & batch.present[:, 0][:, None, None]
-    error = F.smooth_l1_loss(predicted, normalised(future) - normalised(present), reduction="none").mean(3)
-    return (error * usable).sum() / usable.sum().clamp(min=1)
+        change, busy = change_of(model.encode_target(batch.future))
+    error = F.smooth_l1_loss(foretold(model, batch, output), change, reduction="none").mean(3)
+    return (error * busy).sum() / busy.sum().clamp(min=1)
 
 
-def normalised(latent: Tensor) -> Tensor:
-    """(B,H,W,C) from (B,C,H,W): every cell's vector with mean 0 and deviation 1."""
-    return F.layer_norm(latent.permute(0, 2, 3, 1), (latent.shape[1],))
+def foretold(model: WorldModel, batch: Batch, output: Output) -> Tensor:
+    """(B,H,W,C'): the change that the states tell."""
+    rows = torch.arange(len(batch.future_step), device=output.states.device)
+    return model.future_latent(output.states[rows, batch.future_step + 1]).float().permute(0, 2, 3, 1)
+
+
+def change_of(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Of latents (2B,C',H,W), future then present: the change (B,H,W,C') of the normalised vectors, and where (B,H,W) there is anything."""
+    flat = latents.float().permute(0, 2, 3, 1)
+    future, present = F.layer_norm(flat, flat.shape[3:]).chunk(2)
+    background = flat.flatten(0, 2).median(0).values
+    busy = ((flat - background).abs().sum(3) > 1e-3).unflatten(0, (2, -1)).any(0)
+    return future - present, busy
