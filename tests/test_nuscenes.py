@@ -419,7 +419,7 @@ def test_a_table_that_is_not_there_is_named(damaged, table):
     (damaged.root / "v1.0-mini" / f"{table}.json").unlink()
     errors = list(open_source(damaged.root, "nuscenes")) if table not in ("scene", "sample_data", "calibrated_sensor") else None
     if errors is None:  # without these nothing says that this is nuScenes
-        with pytest.raises(UsageError, match="no folder v1.0-"):
+        with pytest.raises(UsageError, match=r"no folder v1\.0-"):
             list(open_source(damaged.root, "nuscenes"))
     else:
         assert len(errors) == 1 and isinstance(errors[0], RecordError) and f"{table}.json" in str(errors[0]) and "\n" not in str(errors[0])
@@ -427,7 +427,10 @@ def test_a_table_that_is_not_there_is_named(damaged, table):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b"[", b"[" * 100_000, b"[{}", b"[{},]", b"[{}] x", b"\xef\xbb\xbf[]", b"\xff\xfe", b'[{"a": NaN}]', b'[{"a": 1, "a": 2}]', b"[" + b"9" * 5000 + b"]", b"null"],
+    [
+        b"", b"{}", b"null", b"[", b"[" * 100_000, b"[{}", b"[{},]", b"[{}] x", b"\xef\xbb\xbf[]", b"\xff\xfe", b'[{"a": NaN}]', b'[{"a": 1, "a": 2}]',
+        b"[" + b"9" * 5000 + b"]",
+    ],
 )  # fmt: skip
 def test_what_is_no_json_list_is_refused_with_its_name(damaged, content):
     (damaged.root / "v1.0-mini" / "sample_data.json").write_bytes(content)
@@ -462,7 +465,7 @@ def test_poses_that_are_none_are_dropped_and_counted(damaged, value):
     path = root / "v1.0-mini" / "ego_pose.json"
     path.write_text(path.read_text().replace("Infinity", "1e999"))
     log = open_one(root)
-    assert len(log.poses.stamps_ns) == 24  # 13 sweeps, 7 + 6 images, two of them at a sweep's stamp, one pose lost
+    assert len(log.poses.stamps_ns) == 22  # 13 sweeps, 7 + 7 images, four of them at a sweep's stamp, one pose lost
     assert log.counts["table ego_pose: unreadable rows"] + log.counts["poses: no rotation, or stamp below zero, dropped"] == 1
 
 
@@ -502,7 +505,10 @@ def test_labels_without_their_tables_or_tokens_are_counted(damaged):
     assert open_one(root).open_labels() is None
 
 
-HOSTILE_NAMES = ["../../etc/passwd", "/etc/passwd", "a\0b", "C:\\x", "file:///etc/passwd", "samples/../../x", "\\\\host\\x", "", "samples", "samples/out", "samples/pipe", "samples/loop"]  # fmt: skip
+HOSTILE_NAMES = [
+    "../../etc/passwd", "/etc/passwd", "/dev/zero", "a\0b", "C:\\x", "file:///etc/passwd", "samples/../../x", "\\\\host\\x", "", "samples",
+    "samples/out", "samples/pipe", "samples/loop",
+]  # fmt: skip
 
 
 def test_no_name_leads_out_of_the_root(damaged, tmp_path):
@@ -514,11 +520,11 @@ def test_no_name_leads_out_of_the_root(damaged, tmp_path):
 
     def change(rows):
         sweeps = [row for row in rows if row["fileformat"] == "pcd"]
-        for row, name in zip(sweeps, HOSTILE_NAMES, strict=False):
-            row["filename"] = name
+        for number, name in enumerate(HOSTILE_NAMES):
+            rows.append(sweeps[0] | {"token": f"hostile-{number}", "timestamp": sweeps[0]["timestamp"] + 1 + number, "filename": name})
 
     log = open_one(damaged("sample_data", change))
-    assert len(log.sweep_stamps_ns["LIDAR_TOP"]) == 13 - len(HOSTILE_NAMES)
+    assert len(log.sweep_stamps_ns["LIDAR_TOP"]) == 13
     refused = sum(count for what, count in log.counts.items() if what.startswith(("LIDAR_TOP: not opened", "LIDAR_TOP: listed, file absent")))
     assert refused == len(HOSTILE_NAMES)
     assert all("\n" not in what and "\0" not in what for what in log.counts)
@@ -526,7 +532,7 @@ def test_no_name_leads_out_of_the_root(damaged, tmp_path):
 
 def test_files_that_are_no_sweeps_are_refused_one_by_one(damaged):
     log = open_one(damaged.root)
-    names = [item for item in sorted((damaged.root / "sweeps" / "LIDAR_TOP").iterdir())]
+    names = sorted((damaged.root / "sweeps" / "LIDAR_TOP").iterdir())
     four = np.random.default_rng(0).uniform(1, 30, (500, 4)).astype("<f4")
     names[0].write_bytes(b"")
     names[1].write_bytes(b"1234567")
@@ -557,7 +563,7 @@ def test_a_camera_calibrated_impossibly_is_left_out_and_the_log_goes_on(damaged)
     assert any("left out" in what and "positive focal lengths" in what for what in log.counts)
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb", "x\x1b[31m", " pad"])
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb", "x\x1b[31m"])
 def test_scenes_of_impossible_names_are_refused_one_by_one(damaged, name):
     def change(rows):
         rows.append(rows[0] | {"token": "other"})

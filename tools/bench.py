@@ -9,6 +9,7 @@ import argparse
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -223,7 +224,7 @@ def real_sweeps(path: Path) -> dict[str, tuple[Any, Any]]:
         raise UsageError(f"{one_line(log.id)}: fewer than two sweeps of {one_line(lidar)}; give another log")
     sweeps = [log.read_sweep(lidar, i) for i in range(2)]
     first, second = (np.ascontiguousarray(np.column_stack((s.points, s.intensity)), np.float32) for s in sweeps)
-    return {one_line(log.id, 40): (first, second)}
+    return {one_line(log.id.rsplit("/", 1)[-1], 24): (first, second)}
 
 
 def _first_log(path: Path) -> Log:
@@ -253,7 +254,7 @@ def _equal(ours: Any, theirs: Any) -> str:
 
     for mine, other in zip(ours, theirs, strict=True):
         if not np.array_equal(mine, other):
-            raise Different(f"{np.shape(mine)} against {np.shape(other)}, or other values in them")
+            raise Different(f"{np.shape(mine)}, {np.shape(other)}")
     return "equal"
 
 
@@ -281,7 +282,9 @@ def _voxel_cases(points: Any) -> Iterator[Case]:
             return hard_voxels(points, low, high, size, most, voxels)
 
         try:
-            from spconv.pytorch.utils import PointToVoxel
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from spconv.pytorch.utils import PointToVoxel
         except ImportError:
             yield Case(what, "spconv CPU", ours, None, _equal, f"spconv is not installed, {INSTALL_SPCONV}")
             continue

@@ -707,7 +707,7 @@ def write_sample(root: Path) -> Path:
     direction = np.stack((np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)), 1)
     reach = np.where(elevation < -0.09, 1.84 / np.maximum(np.sin(-elevation), 1e-3), np.where(elevation < 0.1, 22.0, 0.0))
     points = (direction * reach[:, None]).astype(np.float32)
-    parked = world_from_ego[0] @ (6.0, 2.0, 0.8, 1)
+    parked = world_from_ego[0] @ (6.0, 2.0, 0.7, 1)
 
     def read_sweep(lidar: str, index: int) -> Sweep:
         return Sweep(lidar, int(stamps[lidar][index]), points, np.linspace(0, 1, len(points)), ring, deskewed=True)

@@ -54,7 +54,7 @@ def prepare_store(store: Path) -> None:
     if marker.exists():
         check_store(store)
         return
-    known = {"logs", "quarantine", ".locks"}
+    known = {layout.STORE_FILE, "logs", "quarantine", ".locks"}
     if store.exists() and not store.is_dir():
         raise UsageError(f"{one_line(store)}: not a folder; give another place for the store")
     if store.is_dir() and any(entry.name not in known and not entry.name.startswith(files.TEMPORARY) for entry in store.iterdir()):

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-
 from worldmodel.tools import bench
 
 

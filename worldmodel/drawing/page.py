@@ -228,9 +228,10 @@ def forecast_page(forecast: Forecast, max_bytes: int = PAGE_BYTES) -> str:
 <button type="button" id="home">Reset</button>
 </section>
 <section class="legend">
-<span data-mode="0134"><i class="ramp-height"></i>height {max(low, 0):g} to {high:g} m over the ground</span>
+<span data-mode="014"><i class="ramp-height"></i>height {max(low, 0):g} to {high:g} m over the ground</span>
 <span data-mode="0"><i class="ramp-error"></i>range error {colours.ERROR_SPAN_M[0]:g} to {colours.ERROR_SPAN_M[1]:g} m</span>
 <span data-mode="2" hidden><i class="ramp-intensity"></i>intensity 0 to 1, forecast by the model</span>
+<span data-mode="3" hidden>colour, forecast by the model</span>
 <span data-mode="4" hidden><i class="ramp-certainty"></i>model: 80 % interval 0 to {3 * CERTAINTY_M:g} m wide</span>
 </section>
 <section class="numbers">{_numbers(forecast, every)}</section>
