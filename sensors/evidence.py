@@ -130,7 +130,7 @@ def gather(history: History, rays: Rays) -> Evidence:
                 continue
             own = inverse(history.present_from_sensor[sweeps - 1 - other])
             view = view_from(history, sweeps - 1 - other, own, "own")
-            start, _, azimuth, elevation, radius = view._cells
+            start, _, azimuth, elevation, radius = view._cells[:5]
             towards = transform_points(own, surface_present)
             out = np.empty(count, np.float32)
             _seen_beyond(towards, start, azimuth, elevation, radius, view.n_elevation, view.elevation_step_rad, np.float32(SEEN_LIMIT_M), out)

@@ -14,6 +14,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import stat
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -287,33 +288,38 @@ def _already(job: _Job, log: Log) -> _Outcome:
     path = files.generation_path(folder, files.generations(folder)[-1])
     source = files.unseal(files.read_whole(path, files.JSON_BYTES), one_line(path)).get("source")
     now = _files_of(log)
-    if isinstance(source, dict) and (source.get("files"), source.get("bytes")) != (len(now), sum(size for _, size, _ in now)):
+    if isinstance(source, dict) and (source.get("files"), source.get("bytes")) != (len(now), _bytes_of(now)):
         reason = f"is stored, but was read from other files ({source.get('bytes')} bytes); --overwrite replaces it"
         return _quarantine(job, log.id, f"log {one_line(log.id)}: {reason}")
     return _Outcome("already", log.id)
 
 
 def _files_of(log: Log) -> list[tuple[Path, int, int]]:
-    """The log's files with size and time of change; RecordError where one is gone."""
+    """The log's files with size and time of change; size -1 for one that is gone or is no regular file: reading it will say why."""
     found = []
     for path in dict.fromkeys(log.files):
         try:
             status = path.stat()
-        except OSError as error:
-            raise RecordError(f"log {one_line(log.id)}: {one_line(path.name)}: {error.strerror}; fetch it again") from error
-        found.append((path, status.st_size, status.st_mtime_ns))
+            regular = stat.S_ISREG(status.st_mode)
+        except OSError:
+            regular = False
+        found.append((path, status.st_size, status.st_mtime_ns) if regular else (path, -1, 0))
     return found
 
 
-def _digest_of(log: Log, known: list[tuple[Path, int, int]]) -> str:
-    """One sha256 over names, sizes and contents of the log's files; names relative to the folder that holds them all."""
+def _bytes_of(known: list[tuple[Path, int, int]]) -> int:
+    return sum(max(size, 0) for _, size, _ in known)
+
+
+def _digest_of(known: list[tuple[Path, int, int]]) -> str:
+    """One sha256 over names, sizes and contents of the files; names relative to the folder that holds them all."""
     digest = hashlib.sha256()
     root = os.path.commonpath([path.parent for path, _, _ in known]) if known else ""
     for path, size, _ in sorted(known):
         try:
-            content = files.sha256_of(path)
-        except OSError as error:
-            raise RecordError(f"log {one_line(log.id)}: {one_line(path.name)}: {error.strerror}; fetch it again") from error
+            content = files.sha256_of(path) if size >= 0 else "unreadable"
+        except OSError:
+            content = "unreadable"
         digest.update(f"{os.path.relpath(path, root)}\0{size}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -333,7 +339,7 @@ def _store(job: _Job, source: tuple[Path, str], log: Log, step: Callable[[str], 
         reference=Reference(*source) if job.reference else None,
         overwrite=job.overwrite,
         options={"poses": job.poses},
-        source={"digest": _digest_of(log, before), "files": len(before), "bytes": sum(size for _, size, _ in before)},
+        source={"digest": _digest_of(before), "files": len(before), "bytes": _bytes_of(before)},
         step=step,
         before_commit=unchanged,
     )

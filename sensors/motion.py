@@ -77,11 +77,11 @@ def _estimate(history: History) -> Motion:
         return nothing
     times = np.asarray(history.times_s, np.float64)
 
-    ground_low = np.full((_grid(GROUND_CELL_M),) * 2, np.inf, np.float32)
-    for points in history.points:
-        clusters.lowest(points, GROUND_CELL_M, len(ground_low), ground_low)
-    ground = np.empty_like(ground_low)
-    clusters.low_quantile(ground_low, 2, ground)
+    low = np.full((sweeps, _grid(GROUND_CELL_M), _grid(GROUND_CELL_M)), np.inf, np.float32)
+    for points, into in zip(history.points, low, strict=True):
+        clusters.lowest(points, GROUND_CELL_M, len(into), into)
+    ground = np.empty_like(low[0])
+    clusters.ground_of(low, 2, np.float32(0.4), ground)
     heights, standing = [], []
     for points in history.points:
         height = np.empty(len(points), np.float32)
@@ -155,7 +155,7 @@ def _estimate(history: History) -> Motion:
     def beyond(points: Array, k: int) -> Array:
         """Reading of sweep k towards each point minus its distance."""
         view = views[k]
-        start, _, azimuth, elevation, radius = view._cells
+        start, _, azimuth, elevation, radius = view._cells[:5]
         out = np.empty(len(points), np.float32)
         towards = transform_points(inverse(history.present_from_sensor[k]), points)
         _seen_beyond(towards, start, azimuth, elevation, radius, view.n_elevation, view.elevation_step_rad, np.float32(20), out)

@@ -260,12 +260,17 @@ class PointLabels:
 class Labels:
     """Everything a person or simulator knows about a log. Opened only through `Log.open_labels`, never in pretraining.
 
-    complete_fov_rad: half-angle about the ego x axis within which *all* objects are boxed (pi: everywhere, as in the simulator)."""
+    complete_fov_rad: half-angle about the ego x axis within which *all* objects are boxed (pi: everywhere, as in the simulator).
+    read_point_labels(lidar, index), and what only a simulator can tell: read_camera_truth(camera, index), depth (H,W) f32 in metres along
+    the camera's z (infinite: sky) with category (H,W) u8 (255: sky); read_missing_rays(lidar, index), (M,3) f32 unit directions, each in the
+    LiDAR's frame of its own time, of the rays that met nothing within reach. None where there is no such truth."""
 
     boxes: tuple[Box, ...]
     categories: tuple[str, ...] = ()
     complete_fov_rad: float = np.pi
     read_point_labels: Callable[[str, int], PointLabels | None] = lambda lidar, index: None
+    read_camera_truth: Callable[[str, int], tuple[Array, Array] | None] = lambda camera, index: None
+    read_missing_rays: Callable[[str, int], Array | None] = lambda lidar, index: None
 
 
 @dataclass(frozen=True, eq=False)

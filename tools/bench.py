@@ -114,9 +114,9 @@ def machine() -> dict[str, Any]:
             out[package] = version(package)
         except PackageNotFoundError:
             out[package] = "none"
-    import numba
+    from llvmlite.binding import get_host_cpu_name
 
-    out |= {"cpu": numba.core.codegen.ll.get_host_cpu_name(), "cores": os.cpu_count()}
+    out |= {"cpu": get_host_cpu_name(), "cores": os.cpu_count()}
     if hasattr(os, "getloadavg"):
         out["load"] = round(os.getloadavg()[0], 2)
     return out
@@ -437,10 +437,15 @@ def _occupancy_cases(points: Any) -> Iterator[Case]:
             raise Different(f"{(~np.isclose(ours, theirs, atol=1e-4, equal_nan=True)).sum()} rays")
         return "equal to 0.1 mm"
 
+    def same_cells(ours: Any, theirs: Any) -> str:
+        """A return exactly on a cell's border ends in either cell: a few in a hundred thousand."""
+        other = int((unpacked(ours) != theirs).sum())
+        if other > 1e-4 * theirs.sum():
+            raise Different(f"{other} cells")
+        return f"{other} cells on borders" if other else "equal"
+
     plain = "cell by cell, numba"
-    yield Case(
-        "free space 0.2 m", plain, lambda: free_space(points, origin, low, size, shape, words), carved, lambda a, b: _equal([unpacked(a)], [b])
-    )
+    yield Case("free space 0.2 m", plain, lambda: free_space(points, origin, low, size, shape, words), carved, same_cells)
     yield Case("first hit 0.2 m", plain, lambda: first_hit(words, low, size, origin, ends - origin, reach), cast, same_ranges)
 
 

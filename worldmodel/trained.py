@@ -130,10 +130,12 @@ class Trained:
 
 
 def _best_baseline(futures: Sequence[forecast.RayForecast]) -> str:
-    """The baseline with the least mean error over all instants, a missing answer counting as the farthest."""
+    """The baseline with the least mean error over all instants (over the hidden rays where there are any), a missing answer counting as the
+    farthest."""
 
     def error(name: str) -> float:
-        return float(np.mean([np.abs(np.nan_to_num(f.baselines[name], nan=56.0) - f.truth).mean() for f in futures]))
+        errors = [np.abs(np.nan_to_num(f.baselines[name], nan=56.0) - f.truth)[slice(None) if f.hidden is None else f.hidden] for f in futures]
+        return float(np.concatenate(errors).mean()) if sum(map(len, errors)) else float("inf")
 
     return min(futures[0].baselines, key=error)
 

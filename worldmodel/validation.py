@@ -18,6 +18,7 @@ from sensors.records import Clip
 from worldmodel import calibration, health
 from worldmodel.batches import collate, prepare, visit
 from worldmodel.config import Config
+from worldmodel.drawing.bev import latent_image
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import Batch, WorldModel
 from worldmodel.objectives.future_latent import change_of, foretold
@@ -120,21 +121,10 @@ class HeldOut:
         few = Mixture(mixture.centre[rows], mixture.scale[rows], mixture.log_mass[rows], mixture.log_left[rows], None, None)
         forecast = medians(few)[:, None].astype(np.float32)
         return {
-            "bev/latent": latent_picture(output.latents[0, 0].float().cpu().numpy()),
+            "bev/latent": latent_image(output.latents[0, 0].float().cpu().numpy()),
             "clouds/truth": origin + direction * batch.ranges[rows].cpu().numpy()[:, None],
             "clouds/forecast": origin + direction * forecast,
         }
-
-
-def latent_picture(latent: NDArray[Any]) -> NDArray[Any]:
-    """(H,W,3) u8: the three strongest principal components of a latent map (C,H,W) as colours, x up and y left."""
-    cells = latent.reshape(len(latent), -1).T
-    cells = cells - cells.mean(0)
-    _, vectors = np.linalg.eigh(cells.T @ cells)
-    shown = cells @ vectors[:, -3:]
-    shown = np.clip(shown / (3 * shown.std(0) + 1e-9) * 0.5 + 0.5, 0, 1)
-    image = (shown * 255).astype(np.uint8).reshape(*latent.shape[1:], 3)
-    return np.ascontiguousarray(image.transpose(1, 0, 2)[::-1, ::-1])
 
 
 def without_evidence(rays: RayInput) -> RayInput:

@@ -28,6 +28,8 @@ Report = Callable[[int, int, str], None]
 MIN_RANGE_M, MAX_RANGE_M = 2.5, 80.0
 # kiss-icp starts without a velocity: that many sweeps are walked back and forth until it has one
 START_SWEEPS = 12
+# half of it costs four times the time and made no difference beyond noise on three real drives
+MAP_VOXEL_M = 1.0
 
 VOXEL_M = 0.25
 TARGETS = 4
@@ -88,13 +90,13 @@ def _trajectory(log: Log, lidar: str, indices: list[int], lidar_poses: list[Arra
 class _Kiss:
     """One run of kiss-icp on one thread. Sweeps with a time per point are brought to their stamp by the last motion first."""
 
-    def __init__(self, voxel_m: float, motion: Array | None = None) -> None:
+    def __init__(self, motion: Array | None = None) -> None:
         from kiss_icp.config import load_config
         from kiss_icp.kiss_icp import KissICP
 
         config = load_config(None)
         config.data.max_range, config.data.min_range, config.data.deskew = MAX_RANGE_M, 0.0, False
-        config.mapping.voxel_size = voxel_m
+        config.mapping.voxel_size = MAP_VOXEL_M
         config.registration.max_num_threads = 1
         self.kiss = KissICP(config)
         self.last_ns: int | None = None
@@ -111,7 +113,7 @@ class _Kiss:
         return np.array(self.kiss.last_pose)
 
 
-def odometry(log: Log, report: Report | None = None, *, voxel_m: float = 0.5) -> Trajectory:
+def odometry(log: Log, report: Report | None = None) -> Trajectory:
     """Poses by kiss-icp (Vizzo et al., RA-L 2023), at the stamps of the reference LiDAR's readable sweeps; source ``odometry``.
 
     Started without a velocity, kiss-icp loses a moving car in its first seconds (5.7 m on a drive that starts at 13 m/s). So the first
@@ -135,27 +137,27 @@ def odometry(log: Log, report: Report | None = None, *, voxel_m: float = 0.5) ->
             continue
         waiting.append(item)
         if len(waiting) == START_SWEEPS:
-            run = _started(voxel_m, waiting, stamps)
+            run = _started(waiting, stamps)
             for earlier in waiting:
                 forward(run, earlier)
     if run is None:
-        run = _started(voxel_m, waiting, stamps)
+        run = _started(waiting, stamps)
         for earlier in waiting:
             forward(run, earlier)
     return _trajectory(log, lidar, indices, poses, "odometry")
 
 
-def _started(voxel_m: float, sweeps: list[tuple[int, Array, Array | None]], stamps: Array) -> _Kiss:
+def _started(sweeps: list[tuple[int, Array, Array | None]], stamps: Array) -> _Kiss:
     """A run that knows the motion at the first sweep."""
     if len(sweeps) < 3:
-        return _Kiss(voxel_m)
-    ahead = _Kiss(voxel_m)
+        return _Kiss()
+    ahead = _Kiss()
     poses = [ahead.add(int(stamps[i]), points, time_ns) for i, points, time_ns in sweeps]
-    back = _Kiss(voxel_m, inverse(poses[-1]) @ poses[-2])
+    back = _Kiss(inverse(poses[-1]) @ poses[-2])
     # seen backwards in time, the motion per step and the step both turn round
     back.last_ns = int(stamps[sweeps[-1][0]]) + int(stamps[sweeps[-1][0]] - stamps[sweeps[-2][0]])
     poses = [back.add(int(stamps[i]), points, time_ns) for i, points, time_ns in reversed(sweeps)]
-    run = _Kiss(voxel_m, inverse(poses[-1]) @ poses[-2])
+    run = _Kiss(inverse(poses[-1]) @ poses[-2])
     run.last_ns = int(stamps[sweeps[0][0]]) - int(stamps[sweeps[1][0]] - stamps[sweeps[0][0]])
     return run
 
@@ -208,7 +210,7 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
             raise RecordError("no poses")
         given = pose_at(start, stamps)
     except RecordError:
-        start = odometry(log, report, voxel_m=1.0)
+        start = odometry(log, report)
         given = pose_at(start, stamps, max_extrapolation_s=1e9)
     ego_from_lidar = log.lidars[lidar].ego_from_lidar
     given = given @ ego_from_lidar

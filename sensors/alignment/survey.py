@@ -93,7 +93,7 @@ def survey(log: Log, report: Callable[[int, int, str], None] | None = None) -> S
     """Reads at most SWEEPS sweeps of each LiDAR, and PAIRS pairs of the reference's. An unreadable payload is counted, not raised."""
     sweeps = {name: _samples(log, name, report) for name in sorted(log.lidars)}
     pairs = _pairs(log, report) if log.lidars and log.poses is not None else ()
-    return Survey(sweeps, pairs, tuple(_warnings(log, sweeps, pairs)))
+    return Survey(sweeps, pairs, tuple(_warnings(sweeps, pairs)))
 
 
 def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | None) -> SweepSamples:
@@ -174,7 +174,7 @@ def _distance(target: Planes, points: Array, target_from_points: Array) -> float
     return float(np.median(away))
 
 
-def _warnings(log: Log, sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...]) -> list[str]:
+def _warnings(sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...]) -> list[str]:
     out = []
     for name, s in sweeps.items():
         if s.unreadable:
@@ -190,11 +190,9 @@ def _warnings(log: Log, sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...]
     known = [pair for pair in pairs if pair.registered]
     if pairs and len(known) < len(pairs):
         out.append(f"poses: {len(pairs) - len(known)} of {len(pairs)} pairs of sweeps {PAIR_S} s apart cannot be registered to each other")
-    if known and log.poses is not None:
+    if known:
         moved = np.array([pair.moved_m for pair in known])
         if np.median(moved) > MOVED_M or moved.max() > 3 * MOVED_M:
-            remedy = "ingest with --poses refined" if log.poses.source in ("log", "gnss") else "ingest with --poses refined from better ones"
-            out.append(
-                f"poses: sweeps {PAIR_S} s apart lie {np.median(moved):.2f} m off each other (median of {len(known)} pairs, at most {moved.max():.2f} m); {remedy}"
-            )
+            off = f"{np.median(moved):.2f} m (median of {len(known)} pairs, at most {moved.max():.2f} m)"
+            out.append(f"poses: sweeps {PAIR_S:g} s apart lie off each other by {off}; ingest with --poses refined")
     return out

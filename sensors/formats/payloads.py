@@ -32,10 +32,11 @@ def read_beneath(root: Path, name: str, limit_bytes: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise RecordError(f"{shown}: {error.strerror or error}; fetch it again") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise RecordError(f"{shown}: not a regular file; it is not read")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordError(f"{shown}: not a regular file; it is not read")
         if status.st_size > limit_bytes:
             raise RecordError(f"{shown}: {status.st_size} bytes, more than {limit_bytes} that such a file can have")
         data = file.read(limit_bytes + 1)

@@ -28,18 +28,35 @@ def lowest(points, cell, n, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def low_quantile(low, reach, out):
-    """out (n,n): of the finite values of low within reach cells, the one a fifth of the way up: below what stands there, and above
-    a stray reflection from under the road. inf where there is none."""
-    n = low.shape[0]
+def ground_of(low, reach, band, out):
+    """The ground of each cell, out (n,n) f32, from the lowest z that each of T sweeps saw there, low (T,n,n) f32, inf where nothing.
+
+    Reflections from under the road and things above it are both outvoted: a cell's level is the (lower) median over the sweeps, the
+    ground is the lowest of the levels within `reach` cells that a third of them share within `band` metres; their median where there is
+    no such level, inf where there is none at all."""
+    sweeps, n = low.shape[0], low.shape[1]
+    level = np.empty((n, n), np.float32)
     width = 2 * reach + 1
-    values = np.empty(width * width, np.float32)
+    values = np.empty(max(width * width, sweeps), np.float32)
+    for r in range(n):
+        for c in range(n):
+            count = 0
+            for k in range(sweeps):
+                value = low[k, r, c]
+                if value < np.float32(np.inf):
+                    at = count
+                    while at > 0 and values[at - 1] > value:
+                        values[at] = values[at - 1]
+                        at -= 1
+                    values[at] = value
+                    count += 1
+            level[r, c] = values[(count - 1) // 2] if count else np.float32(np.inf)
     for r in range(n):
         for c in range(n):
             count = 0
             for rr in range(max(r - reach, 0), min(r + reach, n - 1) + 1):
                 for cc in range(max(c - reach, 0), min(c + reach, n - 1) + 1):
-                    value = low[rr, cc]
+                    value = level[rr, cc]
                     if value < np.float32(np.inf):
                         at = count
                         while at > 0 and values[at - 1] > value:
@@ -47,7 +64,14 @@ def low_quantile(low, reach, out):
                             at -= 1
                         values[at] = value
                         count += 1
-            out[r, c] = values[count // 5] if count else np.float32(np.inf)
+            out[r, c] = values[(count - 1) // 2] if count else np.float32(np.inf)
+            end = 0
+            for at in range(count):
+                while end < count and values[end] <= values[at] + band:
+                    end += 1
+                if 3 * (end - at) >= count:
+                    out[r, c] = values[at]
+                    break
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -58,13 +58,28 @@ def _sort_into_cells(points, pose, n_elevation, step_elevation):
     s_azimuth = np.empty(kept, np.float32)
     s_elevation = np.empty(kept, np.float32)
     s_radius = np.empty(kept, np.float32)
+    s_unit = np.empty((3, kept), np.float32)
     fill = start[:-1].copy()
     for i in range(n):
         if cell[i] >= 0:
             at = fill[cell[i]]
             fill[cell[i]] = at + 1
             order[at], s_azimuth[at], s_elevation[at], s_radius[at] = i, azimuth[i], elevation[i], radius[i]
-    return start, order, s_azimuth, s_elevation, s_radius
+            flat = np.cos(elevation[i])
+            s_unit[0, at], s_unit[1, at], s_unit[2, at] = flat * np.cos(azimuth[i]), flat * np.sin(azimuth[i]), np.sin(elevation[i])
+    return start, order, s_azimuth, s_elevation, s_radius, s_unit
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+def _most_aligned(unit, x, y, z):
+    """Row of unit vectors (3,N) with the largest dot product with (x, y, z)."""
+    best = np.float32(-3)
+    for at in range(unit.shape[1]):
+        best = max(best, x * unit[0, at] + y * unit[1, at] + z * unit[2, at])
+    for at in range(unit.shape[1]):
+        if x * unit[0, at] + y * unit[1, at] + z * unit[2, at] >= best:
+            return at
+    return -1
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -86,7 +101,7 @@ def _chord2(azimuth_a, elevation_a, azimuth_b, elevation_b):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _nearest(directions, start, order, azimuth, elevation, radius, n_elevation, step_elevation, out_range, out_angle, out_index):
+def _nearest(directions, start, order, azimuth, elevation, radius, unit, n_elevation, step_elevation, out_range, out_angle, out_index):
     step_azimuth = np.float32(2 * np.pi / AZIMUTH_CELLS)
     kept = order.shape[0]
     for i in range(directions.shape[0]):
@@ -119,11 +134,9 @@ def _nearest(directions, start, order, azimuth, elevation, radius, n_elevation, 
                 break
             ring += 1
         if ring > MAX_RINGS:
-            best, best_at = np.float32(np.inf), -1
-            for at in range(kept):
-                d = _chord2(a, e, azimuth[at], elevation[at])
-                if d < best or (d == best and order[at] < order[best_at]):
-                    best, best_at = d, at
+            # nothing for many degrees around: here float32 dot products tell neighbours apart
+            best_at = _most_aligned(unit, np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)) if kept else -1
+            best = _chord2(a, e, azimuth[best_at], elevation[best_at]) if kept else np.float32(np.inf)
         if best_at >= 0:
             out_range[i] = radius[best_at]
             out_angle[i] = np.float32(2) * np.arcsin(min(np.sqrt(best), np.float32(1)))
@@ -227,7 +240,7 @@ class View:
         elevation offsets in rad, each (R,4) f32, NaN where there is none. Order: right-below, left-below, right-above, left-above."""
         directions = np.ascontiguousarray(directions, np.float32)
         out = tuple(np.empty((len(directions), 4), np.float32) for _ in range(3))
-        _quadrants(directions, *self._cells, self.n_elevation, self.elevation_step_rad, *out)
+        _quadrants(directions, *self._cells[:5], self.n_elevation, self.elevation_step_rad, *out)
         return out
 
     def interpolate(self, directions: Array) -> Array:
@@ -239,7 +252,7 @@ class View:
         """Per direction (R,3) the range (R,) f32 of the pixel it falls in: the closest return in a cell of the given steps (elevation: 0.84
         of the beam spacing), or the nearest reading in angle where the pixel is empty."""
         step_e = 0.84 * self.elevation_step_rad if elevation_step_rad is None else elevation_step_rad
-        _, _, azimuth, elevation, radius = self._cells
+        azimuth, elevation, radius = self._cells[2:5]
         width = round(2 * np.pi / azimuth_step_rad)
 
         def cell(a: Array, e: Array) -> Array:

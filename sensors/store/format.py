@@ -140,6 +140,10 @@ def _count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 50
 
 
+def _stamp(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
 def _text(value: Any) -> bool:
     return isinstance(value, str) and len(value) < 100_000
 
@@ -204,7 +208,7 @@ _MANIFEST: dict[str, Callable[[Any], bool]] = {
     "frames": _optional(_text),
     "labels": _optional(_object(_LABELS)),
     "counts": _mapped(_count),
-    "quarantined": _listed(_object({"sensor": _text, "stamp_ns": _optional(_count), "reason": _text})),
+    "quarantined": _listed(_object({"sensor": _text, "stamp_ns": _optional(_stamp), "reason": _text})),
     "options": lambda value: isinstance(value, dict),
     "source": _optional(_object({"digest": _text, "files": _count, "bytes": _count})),
     "reference": _optional(_object(_REFERENCE)),

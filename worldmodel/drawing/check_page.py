@@ -27,7 +27,9 @@ from worldmodel.drawing.report import Section, picture, report_page
 Array = NDArray[Any]
 
 MAX_CAMERAS, MAX_SENSORS, MAX_LINES, MAX_ROWS = 6, 24, 40, 300
-IMAGE_WIDTH, REACH_M, OVERLAY_CELL_M = 720, 40.0, 0.16
+PICTURE_WIDTH, IMAGE_WIDTH, REACH_M, OVERLAY_CELL_M = 362, 554, 40.0, 0.16
+# of a sweep over an image: fewer points than there are, so that the image stays visible
+MAX_DRAWN = 7000
 PATH_POINTS = 1500
 WARN, GOOD = "#d2504f", "#2fa57f"
 EARLIER, LATER = (60, 150, 255), (255, 150, 50)
@@ -62,11 +64,9 @@ def check_page(source: str, checked: Sequence[Checked], problems: Sequence[str],
 
 
 def _verdict(text: str, good: bool) -> Markup:
-    colour = GOOD if good else WARN
-    return Markup(
-        f'<p><svg viewBox="0 0 12 12" width="12" height="12" role="img" aria-label="verdict"><circle cx="6" cy="6" r="5" fill="{colour}"/></svg> '
-        f"{escaped(text)}</p>"
-    )
+    width = 44 + round(7.3 * min(len(text), 60))
+    dot = f'<circle cx="17" cy="15" r="6" fill="{GOOD if good else WARN}"/>'
+    return _svg(width, 30, [dot, _label(32, 19.5, text, size=13)], text)
 
 
 def _lines(lines: Sequence[str], title: str) -> Markup:
@@ -150,7 +150,7 @@ def _label(x: float, y: float, text: str, anchor: str = "start", size: int = 12)
 
 def _timelines(log: Log, timing: Timing) -> Markup:
     """A row per sensor over time: how full each stretch is, and its gaps in red."""
-    width, left, right, row_height = 1080, 170, 16, 24
+    width, left, right, row_height = 1136, 170, 16, 24
     rows: list[tuple[str, Array, float]] = []
     for s in timing.sensors[:MAX_SENSORS]:
         stamps = log.sweep_stamps_ns[s.name] if s.kind == "lidar" else log.image_stamps_ns[s.name]
@@ -206,7 +206,7 @@ def _bounded(begins: Array, stops: Array, most: int = 400) -> list[tuple[int, in
 
 def _path(trajectory: Trajectory) -> Markup:
     """The way from above, x east or forward at the start; equal scales; where it starts and where it ends."""
-    size, margin = 420, 34
+    size, margin = PICTURE_WIDTH, 34
     place = trajectory.world_from_ego[:, :2, 3]
     place = place[:: -(-len(place) // PATH_POINTS)]
     low, high = place.min(0), place.max(0)
@@ -237,13 +237,13 @@ def _png(image: Array) -> bytes:
 
 
 def overlay_image(earlier: Array, later: Array, reach_m: float = REACH_M, cell_m: float = OVERLAY_CELL_M) -> Array:
-    """(n,n,3) u8 from above, x up: cells of the cloud `earlier` (N,3) blue, of `later` (M,3) orange, of both nearly white; ground left out, so
-    that walls and cars are what is compared."""
+    """(n,n,3) u8 from above, x up: cells of the cloud `earlier` (N,3) blue, of `later` (M,3) orange, of both nearly white; what is low left out, so
+    that walls and cars are compared."""
     n = round(2 * reach_m / cell_m)
     ground = colours.ground_of((earlier.astype(np.float32),))
     filled = []
     for cloud in (earlier, later):
-        cloud = cloud[(cloud[:, 2] > ground + 0.4) & (cloud[:, 2] < ground + 4)]
+        cloud = cloud[(cloud[:, 2] > ground + 0.8) & (cloud[:, 2] < ground + 4)]
         row, column = np.floor((reach_m - cloud[:, 0]) / cell_m), np.floor((reach_m - cloud[:, 1]) / cell_m)
         inside = (row >= 0) & (row < n) & (column >= 0) & (column < n)
         filled.append(np.bincount((row[inside] * n + column[inside]).astype(np.int64), minlength=n * n) > 0)
@@ -260,8 +260,8 @@ def _pictures(log: Log, timing: Timing) -> list[Markup]:
         index = len(log.sweep_stamps_ns[timing.reference]) // 2
         try:
             cloud = cloud_in_ego(log, timing.reference, index)
-            caption = f"{timing.reference}, sweep {index}, from above; forward is up, {2 * REACH_M:.0f} m wide, by height over ground"
-            parts.append(picture(_png(cloud_image(cloud, REACH_M, 0.2)), caption, width=420))
+            caption = f"{timing.reference}, sweep {index}: {2 * REACH_M:.0f} m, forward is up"
+            parts.append(picture(_png(cloud_image(cloud, REACH_M, 0.2)), caption, width=PICTURE_WIDTH))
         except WmError as error:
             parts.append(_lines([str(error)], "No picture of the sweep"))
     if log.poses is not None:
@@ -286,7 +286,7 @@ def _overlay(log: Log) -> Markup:
     except WmError as error:
         return _lines([str(error)], "No overlay")
     image = overlay_image(first, transform_points(inverse(poses[0]) @ poses[1], second))
-    return picture(_png(image), f"sweeps {earlier} (blue) and {later} (orange), joined by the poses: what stands still should be white", width=420)
+    return picture(_png(image), f"sweeps {earlier} blue, {later} orange: white where poses agree", width=PICTURE_WIDTH)
 
 
 def _projection(log: Log, camera: str) -> Markup:
@@ -301,38 +301,46 @@ def _projection(log: Log, camera: str) -> Markup:
     try:
         image = log.read_image(camera, index)
         pixels = decode(image)
-        width = IMAGE_WIDTH
+        # twice as large as shown, for sharp screens
+        width = 2 * IMAGE_WIDTH
         height = max(1, round(record.height * width / record.width))
-        shown = Pillow.fromarray(pixels).resize((width, height), Pillow.Resampling.BILINEAR)
-        shown = Pillow.blend(shown, Pillow.new("RGB", shown.size), 0.35)
+        shown = Pillow.fromarray(pixels).resize((width, height), Pillow.Resampling.BICUBIC)
         caption = f"{camera}, image {index}"
         if log.lidars and len(log.sweep_stamps_ns[log.reference_lidar]):
-            lidar = log.reference_lidar
-            at = int(nearest_index(log.sweep_stamps_ns[lidar], np.array([image.stamp_ns]))[0])
-            skew_ms = (log.sweep_stamps_ns[lidar][at] - image.stamp_ns) / 1e6
-            points = transform_points(log.lidars[lidar].ego_from_lidar, log.read_sweep(lidar, at).points.astype(np.float64))
-            moved = "the pose of each"
-            try:
-                if log.poses is None:
-                    raise RecordError("no poses")
-                poses = pose_at(log.poses, np.array([image.stamp_ns, log.sweep_stamps_ns[lidar][at]]))
-                points = transform_points(inverse(poses[0]) @ poses[1], points)
-            except RecordError:
-                moved = "no pose"
-            uv, depth, seen = project(record, transform_points(inverse(record.ego_from_camera), points))
+            uv, depth, skew_ms, posed = _projected(log, camera, image.stamp_ns)
             draw = ImageDraw.Draw(shown)
-            tint = colours.ramp(np.log(np.maximum(depth[seen], 1.0)), colours.ERROR[::-1] + colours.HEIGHT[::-1][:4], np.log(3), np.log(60)).astype(
-                int
-            )
+            anchors = colours.ERROR[::-1] + colours.HEIGHT[::-1][:4]
+            every = max(1, -(-len(uv) // MAX_DRAWN))
+            uv, depth = uv[::every], depth[::every]
+            tint = colours.ramp(np.log(np.maximum(depth, 1.0)), anchors, np.log(3), np.log(60)).astype(int)
             ratio = np.array([width / record.width, height / record.height])
-            for (u, v), colour in zip((uv[seen] + 0.5) * ratio - 0.5, tint, strict=True):
-                draw.ellipse((u - 1.2, v - 1.2, u + 1.2, v + 1.2), fill=tuple(int(c) for c in colour))
-            caption += f" with sweep {at} of {lidar} ({skew_ms:+.1f} ms), {int(seen.sum())} points, near magenta to far blue, moved by {moved}"
+            for (u, v), colour in zip((uv + 0.5) * ratio - 0.5, tint.tolist(), strict=True):
+                draw.ellipse((u - 1.6, v - 1.6, u + 1.6, v + 1.6), fill=tuple(colour))
+            when = f"{abs(skew_ms):.1f} ms {'later' if skew_ms > 0 else 'earlier'}{'' if posed else ', no poses'}"
+            caption += f" and {log.reference_lidar} ({when}), coloured by distance"
     except WmError as error:
         return _lines([str(error)], f"No picture of {camera}")
     out = io.BytesIO()
-    shown.save(out, "JPEG", quality=85)
-    return picture(out.getvalue(), caption, width=width)
+    shown.save(out, "JPEG", quality=80)
+    return picture(out.getvalue(), caption, width=IMAGE_WIDTH)
+
+
+def _projected(log: Log, camera: str, stamp_ns: int) -> tuple[Array, Array, float, bool]:
+    """Pixels (N,2) and depths (N,) of the sweep of the reference LiDAR nearest to the image, how much later it is in ms, and whether the
+    poses of the two instants were used."""
+    record, lidar = log.cameras[camera], log.reference_lidar
+    stamps = log.sweep_stamps_ns[lidar]
+    at = int(nearest_index(stamps, np.array([stamp_ns]))[0])
+    points = transform_points(log.lidars[lidar].ego_from_lidar, log.read_sweep(lidar, at).points.astype(np.float64))
+    posed = False
+    if log.poses is not None:
+        try:
+            poses = pose_at(log.poses, np.array([stamp_ns, stamps[at]]))
+            points, posed = transform_points(inverse(poses[0]) @ poses[1], points), True
+        except RecordError:
+            pass  # the poses do not reach here: drawn without them, and the caption says so
+    uv, depth, seen = project(record, transform_points(inverse(record.ego_from_camera), points))
+    return uv[seen], depth[seen], float(stamps[at] - stamp_ns) / 1e6, posed
 
 
 def _charts(log: Log, timing: Timing, survey: Survey) -> list[Markup]:

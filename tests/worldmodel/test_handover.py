@@ -1,0 +1,153 @@
+"""Forecasts, export, verify, fine-tuning and probe of a trained run."""
+
+import json
+
+import numpy as np
+import pytest
+
+import worldmodel
+from sensors.clips import clips_of
+from sensors.errors import WmError
+from sensors.rays import history_of, rays_of
+from worldmodel import finetune, probe
+from worldmodel.export.verify import export, verify
+from worldmodel.tools.cli import main
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    return worldmodel.load(run)
+
+
+@pytest.fixture(scope="module")
+def handed(run, parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "torch"
+    return folder, export(run, "torch", folder, parts)
+
+
+def test_every_arm_answers_every_ray(trained, parts):
+    clip = clips_of(parts[0].log)[0]
+    history = history_of(clip)
+    rays = [rays_of(clip, frame, 200) for frame in (clip.past[-1], clip.future[0], clip.future[-1])]
+    answers = trained.mixtures(clip, history, rays)
+    assert set(answers) == set(trained.arms)
+    for mixtures in answers.values():
+        for asked, mixture in zip(rays, mixtures, strict=True):
+            assert mixture.p.shape[0] == len(asked.directions) and np.isfinite(mixture.m).all() and (mixture.s > 0).all()
+            np.testing.assert_allclose(mixture.p.sum(1), 1, atol=1e-4)
+
+
+def test_answers_do_not_look_at_the_truth(trained, parts):
+    import dataclasses
+
+    clip = clips_of(parts[0].log)[0]
+    history = history_of(clip)
+    asked = rays_of(clip, clip.future[1], 100)
+    told = dataclasses.replace(asked, ranges=asked.ranges * 2, intensity=asked.intensity * 0, index=asked.index * 0)
+    first, second = trained.mixtures(clip, history, [asked])["model"][0], trained.mixtures(clip, history, [told])["model"][0]
+    assert np.array_equal(first.m, second.m) and np.array_equal(first.p, second.p)
+
+
+def test_a_forecast_has_everything_a_picture_needs(trained, parts):
+    clip = clips_of(parts[0].log)[0]
+    forecast = trained.forecast(clip, hide_sector_rad=(0.0, 1.0), count=300)
+    assert len(forecast.futures) == 1 + len(clip.future)
+    assert all(f.hidden is not None and (np.diff(f.quantiles, axis=1) >= -1e-4).all() for f in forecast.futures)
+    assert sum(int(f.hidden.sum()) for f in forecast.futures) > 0
+    assert forecast.futures[1].intensity.min() >= 0 and forecast.futures[1].colour.shape[1] == 3
+    assert "accumulate_nearest" in forecast.futures[0].baselines
+
+
+def test_an_export_arrives_whole(handed):
+    folder, report = handed
+    assert report["passed"] and report["loaded"] == report["tensors"] > 20 and report["difference"] < 1e-5
+    assert {"model.safetensors", "config.json", "encoder.py", "manifest.json", "sample.safetensors"} <= {p.name for p in folder.iterdir()}
+    assert json.loads((folder / "manifest.json").read_text())["licence"]
+    assert main(["verify", str(folder)]) == 0
+
+
+def edited(folder, tmp_path, change):
+    """A copy of an export whose weights were changed and whose manifest agrees with them."""
+    from safetensors.numpy import load_file, save
+
+    from sensors.files import check_folder, commit_folder
+
+    weights = load_file(folder / "model.safetensors")
+    weights = change(dict(weights))
+    manifest = check_folder(folder)
+    about = {k: v for k, v in manifest.items() if k not in ("files", "digest")}
+    files = {e["path"]: (folder / e["path"]).read_bytes() for e in manifest["files"]}
+    files["model.safetensors"] = save({k: np.ascontiguousarray(v) for k, v in weights.items()}, metadata={"format": "pt"})
+    commit_folder(tmp_path / "edited", files, about)
+    return tmp_path / "edited"
+
+
+FIRST = "backbone_2d.blocks.0.4.weight"
+
+
+@pytest.mark.parametrize("name, change, kind", [
+    ("renamed", lambda w: {("other" if k == FIRST else k): v for k, v in w.items()}, "missing"),
+    ("missing", lambda w: {k: v for k, v in w.items() if k != FIRST}, "missing"),
+    ("extra", lambda w: w | {"more": np.zeros(3, np.float32)}, "unexpected"),
+    ("narrow", lambda w: w | {FIRST: w[FIRST][:-1]}, "mismatched"),
+    ("transposed", lambda w: w | {FIRST: w[FIRST].transpose(1, 0, 2, 3)}, "difference"),
+    ("swapped norms", lambda w: w | {"backbone_2d.blocks.0.2.bias": w["backbone_2d.blocks.0.5.bias"] + 0.5}, "difference"),
+])  # fmt: skip
+def test_what_did_not_arrive_is_named(handed, tmp_path, name, change, kind):
+    report = verify(edited(handed[0], tmp_path, change))
+    assert not report["passed"], name
+    assert report["difference"] > 1e-5 if kind == "difference" else report[kind]
+    assert main(["verify", str(tmp_path / "edited")]) == 1
+
+
+def test_a_flipped_bit_is_refused(handed, tmp_path):
+    import shutil
+
+    shutil.copytree(handed[0], tmp_path / "copy")
+    path = tmp_path / "copy" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(WmError, match=r"model\.safetensors"):
+        verify(tmp_path / "copy")
+
+
+def test_finetuning_compares_all_arms_on_the_same_terms(run, parts):
+    plan = finetune.Plan(batch=2, most_steps=4, every=2, patience=2, threads=1)
+    results = finetune.finetune(run, parts[:4], parts[4:], seeds=(0,), fractions=(0.5, 1.0), plan=plan)
+    assert {(r.arm, r.fraction) for r in results} == {(a, f) for a in finetune.ARMS for f in (0.5, 1.0)}
+    assert all(0 <= r.score <= 1 and r.steps <= 4 for r in results)
+    half, whole = ({r.logs for r in results if r.fraction == f} for f in (0.5, 1.0))
+    assert len(half) == len(whole) == 1 and half.pop() < whole.pop()
+    rows = finetune.summary(results)
+    assert next(r for r in rows if r["arm"] == "scratch" and r["fraction"] == 1.0)["minus_scratch"] == 0
+
+
+def test_smaller_label_shares_are_part_of_larger_ones():
+    logs = [f"synthetic/{i}" for i in range(50)]
+    assert set(finetune.drawn(logs, 0.02)) < set(finetune.drawn(logs, 0.3)) < set(finetune.drawn(logs, 1.0)) == set(logs)
+
+
+def test_frozen_arms_do_not_move_the_encoder(run, parts):
+    import importlib
+
+    import torch
+
+    config = __import__("worldmodel.rundir", fromlist=["rundir"]).read_config(run)
+    task = importlib.import_module("worldmodel.downstream.bev_segmentation")
+    frames = finetune.examples(parts[:2], task, config, 0.5)
+    trial = finetune.Trial(run, "pretrained_frozen", 0, task, config, finetune.Plan(batch=2, most_steps=2, every=1, patience=9, threads=1))
+    before = {k: v.clone() for k, v in trial.encoder.state_dict().items()}
+    trial.train(frames, frames)
+    assert all(torch.equal(v, before[k]) for k, v in trial.encoder.state_dict().items())
+
+
+def test_the_probe_compares_with_an_untrained_network_and_raw_input(run, parts, trained):
+    rows = probe.probe(trained, parts, most_clips=5)
+    assert {r["features"] for r in rows} == {"latent", "state", "random", "raw"} and {r["task"] for r in rows} == set(probe.TASKS)
+    occupied = {r["features"]: r["ap"] for r in rows if r["task"] == "occupied"}
+    assert occupied["raw"] > 0.5
+
+
+def test_average_precision_by_hand():
+    assert probe.average_precision(np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, False, True, False])) == pytest.approx((1 + 2 / 3) / 2)

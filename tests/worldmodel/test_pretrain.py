@@ -1,0 +1,271 @@
+"""Training: it learns, resumes to the bit, stops cleanly, sees collapse, and neither labels nor the future get into the input."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from sensors.clips import clips_of
+from sensors.errors import WmError
+from tests.worldmodel.conftest import tiny, train
+from worldmodel import checkpoint, health, pretrain, rundir
+from worldmodel.batches import collate, prepare, visit
+from worldmodel.model import WorldModel
+
+
+def digest(run, which="latest"):
+    found = checkpoint.load(run, which)
+    return {name: value.numpy().tobytes() for name, value in found.weights.items()}, found.step
+
+
+def test_a_run_holds_what_it_promises(run):
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= {p.name for p in run.iterdir()}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert {"train/ray_forecast", "train/masked_rays", "train/future_latent", "data/wait_share"} <= set(lines[0])
+    assert lines[-1]["val/ray_forecast"] == pytest.approx(0.5 * (lines[-1]["val/nll_model"] + lines[-1]["val/nll_model@no_evidence"]))
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["licence"] and len(environment["logs"]) == 5
+    assert not list(run.rglob("*.pt")) + list(run.rglob("*.pkl"))
+
+
+def test_training_on_one_clip_learns_it(parts, tmp_path):
+    config = tiny("train.steps=40", "train.validation=0.0", "train.clips=1", "train.rotate=false", "train.flip=false", "train.scale=0.0",
+                  "train.hidden_share=0.0", "train.lr=0.01")  # fmt: skip
+    one = [dataclasses.replace(parts[0], to_ns=int(parts[0].log.sweep_stamps_ns[parts[0].log.reference_lidar][10]) + 1)]
+    train(one, tmp_path / "run", config)
+    _, losses = rundir.curve(tmp_path / "run", "train/ray_forecast")
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1.0
+
+
+def test_resuming_gives_the_bits_of_the_unbroken_run(parts, tmp_path, run):
+    config = tiny()
+    broken = tmp_path / "run"
+    rundir.create(broken, config, parts)
+
+    def stop_at_five(done, total, text):
+        if done == 5:
+            raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError, match="plug"):
+        train(parts, broken, config, report=stop_at_five)
+    assert digest(broken)[1] == 4
+    torch.rand(17)
+    train(parts, broken, config, resume=True)
+    assert digest(broken) == digest(run)
+    steps = [json.loads(line)["step"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.parametrize("what", ["weights", "optimizer", "step"])
+def test_each_thing_a_resume_restores_is_needed(parts, tmp_path, run, monkeypatch, what):
+    """The control of the test above: leave one out, and the bits differ."""
+    config, broken = tiny(), tmp_path / "run"
+    rundir.create(broken, config, parts)
+
+    def stop_at_five(done, total, text):
+        if done == 5:
+            raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError, match="plug"):
+        train(parts, broken, config, report=stop_at_five)
+    whole = checkpoint.read
+
+    def partial(folder):
+        found = whole(folder)
+        fresh = {name: value.clone() + 1e-3 for name, value in found.weights.items() if value.is_floating_point()}
+        changes = {"weights": {"weights": found.weights | fresh}, "optimizer": {"optimizer": {}}, "step": {"step": 3}}[what]
+        return dataclasses.replace(found, **changes)
+
+    monkeypatch.setattr(checkpoint, "read", partial)
+    train(parts, broken, config, resume=True)
+    monkeypatch.undo()
+    assert digest(broken)[0] != digest(run)[0]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(parts, tmp_path, run):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints" / "step_000008" / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    found, bad = checkpoint.latest_whole(copy)
+    assert found.step == 4 and len(bad) == 1 and "step_000008" in bad[0] and "\n" not in bad[0]
+    with pytest.raises(WmError, match="step_000008"):
+        train(parts, copy, tiny(), resume=True, strict=True)
+    train(parts, copy, tiny(), resume=True)
+    assert digest(copy) == digest(run)
+
+
+def test_sigterm_saves_and_exits_130(store, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "worldmodel", "pretrain", "--config", "tiny", "--data", str(store), "-o", str(run),
+               "--set", "train.steps=5000", "train.threads=1", "train.validation=0.0"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (run / "checkpoints" / "latest").exists():
+        time.sleep(0.2)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130 and "--resume" in said
+    step = checkpoint.load(run, "latest").step
+    assert f"saved at step {step}" in said
+
+
+def test_two_processes_train_as_one(store, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "worldmodel", "pretrain", "--config", "tiny",
+               "--data", str(store), "-o", str(run), "--set", "train.steps=3", "train.threads=1", "train.clips=1", "--device", "cpu"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert checkpoint.load(run, "latest").step == 3
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_collapse_is_seen(parts, tmp_path):
+    """Drive the encoder into giving the same vector everywhere, and the alarm stops the training."""
+    config = tiny("train.steps=30", "train.validate_every=5", "train.save_every=30", "train.lr=0.05", "train.weight_decay=0.0", "train.warmup=1",
+                  "objectives.ray_forecast=0.0", "objectives.masked_rays=0.0", "objectives.future_latent=0.0")  # fmt: skip
+    original = pretrain.objectives
+
+    def with_collapse(weights):
+        return original(weights) | {"future_latent": lambda model, batch, output: 100 * output.latents.square().mean()}
+
+    config = dataclasses.replace(config, objectives={**config.objectives, "future_latent": 1.0})
+    pretrain.objectives = with_collapse
+    try:
+        with pytest.raises(WmError, match="collaps|dead|rank"):
+            train(parts, tmp_path / "run", config, strict=True)
+    finally:
+        pretrain.objectives = original
+
+
+def test_a_healthy_encoder_raises_no_alarm_and_the_gauges_read_as_they_should():
+    generator = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(4, 24, 48, 48, generator=generator)
+    good = health.measure(gaussian)
+    assert health.alarm(good, 20.0) is None and good.rank > 20 and good.dead == 0
+    assert 0.7 < health.epps_pulley(torch.randn(4096, 24, generator=generator), generator) < 1.5
+    constant = health.epps_pulley(torch.zeros(1000, 8), generator)
+    assert constant == pytest.approx(402, rel=0.02)
+    flat = torch.ones(4, 24, 48, 48) * torch.rand(24, generator=generator)[:, None, None] + 1e-6 * gaussian
+    assert health.alarm(health.measure(flat), 20.0) is not None
+
+
+def test_a_loss_that_is_not_finite_names_the_clips(parts, tmp_path, monkeypatch):
+    original = pretrain.objectives
+    monkeypatch.setattr(pretrain, "objectives", lambda w: original(w) | {"masked_rays": lambda m, b, o: torch.tensor(float("nan"))})
+    with pytest.raises(WmError, match=r"masked_rays is not finite on clips synthetic/"):
+        train(parts, tmp_path / "run", tiny())
+
+
+def test_the_future_never_enters_the_input(parts):
+    """Other truth, other future sweeps: what the model is shown stays the same to the bit."""
+    config = tiny()
+    clip = clips_of(parts[0].log)[0]
+    prepared = prepare(clip, config)
+    changed = dataclasses.replace(prepared, future=tuple(f[::-1] * 2 for f in prepared.future))
+    changed.rays.columns["range"] = prepared.rays.columns["range"] * 0.5
+    first = collate([visit(prepared, config, 0, 0, augment=False)], config)
+    second = collate([visit(changed, config, 0, 0, augment=False)], config)
+    assert torch.equal(first.clouds.points, second.clouds.points)
+    for name in first.rays.__dataclass_fields__:
+        assert torch.equal(torch.nan_to_num(getattr(first.rays, name).float()), torch.nan_to_num(getattr(second.rays, name).float())), name
+    model = WorldModel(config).eval()
+    with torch.no_grad():
+        a, b = model(first), model(second)
+    assert torch.equal(a.model.log_mass, b.model.log_mass) and torch.equal(a.prior.centre, b.prior.centre)
+
+
+def test_no_label_is_opened_in_pretraining(parts, tmp_path):
+    def refuse():
+        raise AssertionError("labels were opened")
+
+    closed = [dataclasses.replace(p, log=dataclasses.replace(p.log, open_labels=refuse)) for p in parts]
+    train(closed, tmp_path / "run", tiny("train.steps=2"))
+
+
+def test_what_is_withheld_is_in_no_input(parts):
+    """A hidden region holds no point, and no reading of the evidence lies in it."""
+    from worldmodel.batches import RayTable, _withheld, rng_of
+
+    config = tiny()
+    prepared = prepare(clips_of(parts[1].log)[0], config)
+    hidden = 0
+    for seed in range(12):
+        rng = rng_of(seed)
+        kind = rng_of(seed).choice(["sector", "block", "sweep"], p=[0.55, 0.3, 0.15])
+        table = RayTable(dict(prepared.rays.columns) | {"hidden": np.zeros(len(prepared.rays), bool)})
+        past, _, (after,) = _withheld(rng, list(prepared.past), np.ones(len(prepared.past), bool), [table])
+        c = after.columns
+        if kind == "sweep":
+            assert len(past[0]) == 0 and np.isnan(c["nearest"][:, 0]).all() and np.isnan(c["seen"][:, 0]).all()
+            continue
+        ends = (c["origin"] + c["direction"] * c["range"][:, None])[:, :2]
+        lost = np.concatenate([b[~np.isin(b[:, :3].view("f4,f4,f4"), a[:, :3].copy().view("f4,f4,f4"))[:, 0]] for a, b in zip(past, prepared.past)])
+        hidden += int(c["hidden"].sum())
+        # whatever reading is left near a ray that ends inside does not itself lie where points were taken out
+        if len(lost):
+            from scipy.spatial import cKDTree
+
+            reading = (c["origin"][:, None] + c["direction"][:, None] * np.nan_to_num(c["nearest"])[:, :, None])[..., :2]
+            there = ~np.isnan(c["nearest"])
+            rows = np.flatnonzero(c["hidden"])[:300]
+            kept = np.concatenate([p[:, :2] for p in past])
+            if len(kept):
+                deep = cKDTree(kept).query(ends[rows])[0] > 3.0
+                inside = rows[deep]
+                gone = ~there[inside] | (np.linalg.norm(reading[inside] - ends[inside][:, None], axis=2) > 1.0)
+                assert gone.all()
+    assert hidden > 0
+
+
+def test_a_foreign_encoder_trains_and_keeps_its_names(parts, tmp_path, monkeypatch):
+    (tmp_path / "their_encoder.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__()\n"
+        "        self.config, self.channels, self.cell_m = config, 6, 1.6\n"
+        "        self.mix = torch.nn.Conv2d(2, 6, 3, padding=1)\n"
+        "    def forward(self, clouds):\n"
+        "        low, n = self.config.low, round((self.config.high[0] - self.config.low[0]) / self.cell_m)\n"
+        "        maps = []\n"
+        "        for p in clouds.points.split(clouds.sizes):\n"
+        "            at = ((p[:, :2] - p.new_tensor(low[:2])) / self.cell_m).floor().long()\n"
+        "            ok = ((at >= 0) & (at < n)).all(1)\n"
+        "            flat = at[ok, 1] * n + at[ok, 0]\n"
+        "            grid = torch.zeros(2, n * n).index_add(1, flat, torch.stack((torch.ones(len(flat)), p[ok, 2])))\n"
+        "            maps.append(torch.log1p(grid.abs()).view(2, n, n))\n"
+        "        return self.mix(torch.stack(maps))\n"
+        "def build(config):\n    return Net(config)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tiny("train.steps=3")
+    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, build="their_encoder:build"))
+    run = train(parts, tmp_path / "run", config)
+    names = {n for n in checkpoint.load(run, "latest").weights if n.startswith("encoder.")}
+    assert names == {"encoder.mix.weight", "encoder.mix.bias"}
+
+
+@pytest.mark.slow
+def test_the_true_width_preset_trains(parts, tmp_path):
+    from worldmodel.config import load_config
+
+    config = load_config("openpcdet_kitti", ["train.steps=20", "train.rays=16", "train.prior_rays=16", "train.stored_rays=64", "train.validation=0.0",
+                                             "train.autocast=off", "train.channels_last=off", "train.save_every=20", "encoder.low=[0.0, -10.24, -3.0]",
+                                             "encoder.high=[20.48, 10.24, 1.0]", "train.rotate=false", "model.latent_sweeps=[0]"])  # fmt: skip
+    run = train(parts, tmp_path / "run", config)
+    found = checkpoint.load(run, "latest")
+    assert found.step == 20 and found.weights["encoder.backbone_2d.blocks.2.16.weight"].shape == (256, 256, 3, 3)
