@@ -143,12 +143,17 @@ def _estimate(history: History) -> Motion:
     still = np.zeros((fine, fine), np.uint8)
     clusters.splat(newest, usable & ~whole & (there > 0.5), FINE_CELL_M, SPLAT_SIGMA_M, still)
     moving_maps = np.zeros_like(maps)
+    lookup = []
     for k in range(sweeps - 1):
         at = np.empty(len(history.points[k]), np.int32)
         clusters.cells_of(history.points[k], FINE_CELL_M, fine, at)
         keep = standing[k] & (at >= 0)
         keep[keep] = still.reshape(-1)[at[keep]] < 110
         clusters.splat(history.points[k], keep, FINE_CELL_M, SPLAT_SIGMA_M, moving_maps[k])
+        n = _grid(GROUND_CELL_M)
+        start, order = np.zeros(n * n + 1, np.int32), np.empty(len(keep), np.int32)
+        clusters.sort_into_cells(history.points[k], keep, GROUND_CELL_M, n, start, order)
+        lookup.append((history.points[k], start, order))
 
     views = [view_from(history, k, inverse(history.present_from_sensor[k]), "own") for k in range(sweeps)]
 
@@ -191,9 +196,35 @@ def _estimate(history: History) -> Motion:
         debug.append((rows, zero, found, (appeared, vanished)))
         if np.hypot(best[0], best[1]) < 0.5 or value < 0.5 or value < zero + 0.1 or appeared + vanished < 0.25:
             continue
-        number += _mark(newest, heights[-1], rows, best, found[1][1] if len(found) > 1 else best, there, whole, velocity, alternative, cluster, number)
+        history.memo.setdefault('tracks', []).append((number, rows)) 
+        present, later = _fit(newest[_spread(rows, 96)], best, times[:-1], lookup)
+        number += _mark(newest, heights[-1], rows, present, later, there, whole, velocity, alternative, cluster, number)
     history.memo["motion debug"] = debug
     return Motion(velocity, alternative, cluster)
+
+
+LIMITS = np.array([0.6, 0.45, 0.35, 0.3, 0.3])
+ACCELERATION = 2.5
+AHEAD_S = 0.4
+
+
+def _fit(points: Array, guess: Array, times: Array, lookup: list[tuple[Array, Array, Array]]) -> tuple[Array, Array]:
+    """Present velocity (2,), and the velocity AHEAD_S later, of points (M,3) by registering them with each older sweep from guess on."""
+    n = _grid(GROUND_CELL_M)
+    shifts, weights = [], []
+    for t, (old, start, order) in zip(times, lookup, strict=True):
+        shift = guess[:2] * t
+        squared, share = clusters.settle(points, old, start, order, GROUND_CELL_M, n, shift, LIMITS, len(LIMITS), 160, np.float32(0.5))
+        shifts.append(shift)
+        sigma = 0.03 + 0.2 / np.sqrt(len(points))
+        weights.append(share**2 / sigma**2 if np.isfinite(squared) and share > 0.2 else 0.0)
+    d, w = np.stack(shifts), np.array(weights)
+    basis = np.stack((times, 0.5 * times**2), 1)
+    if w.sum() == 0:
+        return guess[:2], guess[:2]
+    normal = basis.T @ (basis * w[:, None]) + np.diag([1e-2, 1 / ACCELERATION**2])
+    v, a = np.linalg.solve(normal, basis.T @ (d * w[:, None]))
+    return v, v + a * AHEAD_S
 
 
 def _mark(newest, height, rows, best, second, there, whole, velocity, alternative, cluster, number) -> int:

@@ -97,6 +97,7 @@ def test_the_archive_to_fetch_is_named_where_calibration_is_absent(drive):
     [
         ("P_rect_02: 72 0 61", "P_rect_02: 0 0 61"), ("P_rect_02: 72 0 61", "P_rect_02: -72 0 61"), ("P_rect_02: 72 0 61", "P_rect_02: nan 0 61"),
         ("P_rect_02: 72", "P_rect_09: 72"), ("S_rect_02: 124 38", "S_rect_02: 124"), ("S_rect_02: 124 38", "S_rect_02: 0 38"),
+        ("17 0 0 0 1 0", "17 0 0 0 0 0"),
     ],
 )  # fmt: skip
 def test_a_camera_that_cannot_be_right_is_left_out_and_the_log_goes_on(drive, old, new):

@@ -147,15 +147,18 @@ def open_devkit(root):
     return NuScenes("v1.0-mini", str(root), verbose=False)
 
 
+@pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
-    simulator = pytest.importorskip("sensors.simulator.simulate", reason="no simulator here")
-    log = simulator.simulate(5, seconds=1.2, lidar="hdl32", cameras="six")
-    return write_logs(tmp_path_factory.mktemp("simulated"), [log])
+    from sensors.simulator.log import simulate
+
+    return write_logs(
+        tmp_path_factory.mktemp("simulated"), [simulate(5, seconds=1.0, lidar="hdl32", cameras=("cam_front", "cam_back_left"), every=5)]
+    )
 
 
-@pytest.fixture(scope="module", params=["sample", "made"])
-def any_root(request, tmp_path_factory):
-    return request.getfixturevalue("sample" if request.param == "sample" else "written")
+@pytest.fixture(scope="module", params=["sample", "written", "simulated"])
+def any_root(request):
+    return request.getfixturevalue(request.param)
 
 
 # ---- the devkit and this reader see the same ----
@@ -175,7 +178,7 @@ def test_sweeps_lie_where_the_devkit_puts_them(any_root, quiet):
     from pyquaternion import Quaternion
 
     pairs = rows_of(devkit, log, "LIDAR_TOP")
-    assert len(pairs) == 13
+    assert len(pairs) == len(log.sweep_stamps_ns["LIDAR_TOP"]) >= 2
     for index, row in pairs:
         cloud = LidarPointCloud.from_file(str(any_root / row["filename"])).points
         cloud = cloud[:, np.linalg.norm(cloud[:3], axis=0) > 1e-3]
@@ -219,6 +222,7 @@ def test_boxes_and_velocities_are_the_devkits(any_root, quiet):
     boxes = log.open_labels().boxes
     assert len(boxes) == len(devkit.sample_annotation) > 0
     ego_from_native = log.lidars["LIDAR_TOP"].ego_from_lidar @ adapter.LIDAR_FROM_NATIVE
+    moved = 0
     for record in devkit.sample:
         here = {box.track: box for box in boxes if box.stamp_ns == record["timestamp"] * 1000}
         _, theirs, _ = devkit.get_sample_data(record["data"]["LIDAR_TOP"])
@@ -233,10 +237,15 @@ def test_boxes_and_velocities_are_the_devkits(any_root, quiet):
             heading = ego_from_native[:3, :3] @ other.orientation.rotation_matrix[:, 0]
             assert abs(np.angle(np.exp(1j * (np.arctan2(heading[1], heading[0]) - box.yaw_rad)))) < 1e-6
             velocity = devkit.box_velocity(other.token)
-            assert np.isfinite(velocity).all()
+            if box.velocity is None:
+                assert np.isnan(velocity).all() and not annotation["prev"] and not annotation["next"]
+                continue
+            moved += 1
             np.testing.assert_allclose(box.velocity, (world_from_ego[:3, :3].T @ velocity)[:2], atol=1e-5)
+    assert moved > 0
 
 
+@pytest.mark.parametrize("any_root", ["sample", "written"], indirect=True)
 def test_the_devkit_renders_what_was_written(any_root, quiet, tmp_path):
     import matplotlib
 
@@ -246,6 +255,10 @@ def test_the_devkit_renders_what_was_written(any_root, quiet, tmp_path):
         devkit.render_sample_data(record["data"][channel], out_path=str(tmp_path / f"{channel}.png"), verbose=False)
         width, height = Pillow.open(tmp_path / f"{channel}.png").size
         assert min(width, height) > 100
+    if hasattr(devkit, "lidarseg"):
+        path = tmp_path / "segments.png"
+        devkit.render_sample_data(record["data"]["LIDAR_TOP"], out_path=str(path), show_lidarseg=True, verbose=False)
+        assert path.stat().st_size > 1000
     matplotlib.pyplot.close("all")
 
 
@@ -296,6 +309,7 @@ def test_the_devkit_gives_full_marks_to_the_truth(made, written, quiet, tmp_path
 def test_a_log_survives_the_round_trip(made, written):
     log = open_one(written)
     assert log.id == "nuscenes/street-1" and log.licence and log.intensity_scale == 255 and log.stamps == "recorded"
+    assert log.lidars["LIDAR_TOP"].rate_hz == pytest.approx(10)
     assert set(log.cameras) == set(adapter_channels()) and not any("absent" in what or "dropped" in what for what in log.counts)
     assert np.array_equal(log.sweep_stamps_ns["LIDAR_TOP"], made.sweep_stamps_ns["top"])
     np.testing.assert_allclose(log.lidars["LIDAR_TOP"].ego_from_lidar, made.lidars["top"].ego_from_lidar, atol=1e-9)
@@ -575,7 +589,7 @@ def test_scenes_of_impossible_names_are_refused_one_by_one(damaged, name):
     assert isinstance(error, RecordError) and "\n" not in str(error) and "\x1b" not in str(error)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     table=st.sampled_from([*NEEDED, "sample_annotation", "instance", "category", "lidarseg"]),
     place=st.floats(0, 1),

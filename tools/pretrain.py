@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if rank == 0:
         with lock(folder / ".lock", f"run {folder}"):
             pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict, report=report)
+            pretrain.fit_point_scales(parts, folder)
     else:
         pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict)
     if world > 1:

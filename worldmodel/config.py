@@ -235,6 +235,8 @@ def _typed(kind: Any, value: Any, path: str, source: str) -> Any:
         if not isinstance(value, Mapping):
             raise wrong
         return {str(k): _typed(get_args(kind)[1], v, f"{path}{k}.", source) for k, v in value.items()}
+    if kind is str and isinstance(value, bool):
+        value = "on" if value else "off"  # YAML 1.1 reads on and off as truth values
     if kind is float and isinstance(value, str):
         try:
             value = float(value)  # YAML 1.1 reads 1e-3 as text

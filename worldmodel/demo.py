@@ -145,6 +145,7 @@ def train_on(parts: Sequence[Part], config: Config, run: Path, report: Callable[
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, autocast=autocast, channels_last=channels_last))
     rundir.create(run, config, parts)
     pretrain.train(parts, config, run, device=device, report=report)
+    pretrain.fit_point_scales(parts, run)
 
 
 def busiest(parts: Sequence[Part], config: Config) -> Clip:

@@ -1,7 +1,7 @@
 """Evaluation: a model's arms and every baseline on the same rays of the same clips, as rows of a table.
 
-Protocol `native`: 5 past sweeps at 5 Hz, 5 future ones (0.2 .. 1.0 s), t = 0 every 0.5 s; `native3`: the same past, 0.6 .. 3.0 s. Truth are
-the returns at 2..56 m from the future sensor, the ego vehicle's own removed, RAYS_PER_SWEEP of them drawn by (seed, log, stamp), the same
+Protocol `native`: 5 past sweeps at 5 Hz, 5 future ones (0.2 .. 1.0 s), t = 0 at every fifth sweep of a 10 Hz log, the earliest with a full
+past first; `native3`: the same past, 0.6 .. 3.0 s. Truth are the returns at 2..56 m from the future sensor, the ego vehicle's own removed, RAYS_PER_SWEEP of them drawn by (seed, log, stamp), the same
 for every method. That a return exists on a ray is known; where it lies is asked. How answers are scored: `worldmodel.metrics`.
 
 Subsets of rays: `all`; `moving`, the true return lies in a box, grown by 0.2 m, whose speed in the world over 1 s exceeds 1 m/s; `static`,
@@ -146,7 +146,8 @@ def clips_to_evaluate(parts: Sequence[Part], protocol: str = "native", max_clips
     asked = PROTOCOLS[protocol]
     by_log: dict[str, list[Clip]] = {}
     for part in parts:
-        cut = clips_of(part.log, past=PAST, future=asked.frames, rate_hz=RATE_HZ, every_s=EVERY_S, from_ns=part.from_ns, to_ns=part.to_ns)
+        every_s = _stride_s(part.log)
+        cut = clips_of(part.log, past=PAST, future=asked.frames, rate_hz=RATE_HZ, every_s=every_s, from_ns=part.from_ns, to_ns=part.to_ns)
         short = [dataclasses.replace(clip, future=clip.future[asked.step - 1 :: asked.step]) for clip in cut]
         known = by_log.setdefault(part.log.id, [])
         stamps = {clip.stamp_ns for clip in known}
@@ -155,6 +156,14 @@ def clips_to_evaluate(parts: Sequence[Part], protocol: str = "native", max_clips
     if max_clips is not None and len(clips) > max_clips:
         clips = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, max_clips).astype(int))]
     return clips
+
+
+def _stride_s(log: Log) -> float:
+    """EVERY_S as a whole number of the reference LiDAR's sweeps, in seconds of their true spacing (a scanner of 10 Hz turns at 9.65 Hz, too)."""
+    lidar = log.reference_lidar
+    stamps = log.sweep_stamps_ns[lidar]
+    sweeps = max(round(EVERY_S * log.lidars[lidar].rate_hz), 1)
+    return sweeps * float(np.median(np.diff(stamps))) / 1e9 if len(stamps) > 1 else EVERY_S
 
 
 class Movers:

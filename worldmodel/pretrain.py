@@ -22,15 +22,18 @@ from torch import Tensor, nn
 from sensors.clips import clips_of
 from sensors.data import Part
 from sensors.errors import Interrupted, UsageError, WmError, one_line
+from sensors.files import write_json
 from sensors.records import Clip
 from worldmodel import checkpoint, health, validation
 from worldmodel.batches import Prepared, collate, prepare, rng_of, visit
 from worldmodel.config import Config
+from worldmodel.evaluate import laplace_scales
 from worldmodel.model import Batch, WorldModel
 from worldmodel.rundir import Journal
 
 Loss = Callable[[WorldModel, Batch, Any], Tensor]
 PREFETCH = 3
+SCALE_CLIPS, SCALE_RAYS = 12, 2048
 
 
 def objectives(weights: dict[str, float]) -> dict[str, Loss]:
@@ -168,6 +171,11 @@ def schedule(progress: float, warm: float) -> float:
     if progress < warm:
         return max(progress / max(warm, 1e-9), 1e-3)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm) / max(1 - warm, 1e-9))))
+
+
+def fit_point_scales(parts: Sequence[Part], run: Path) -> None:
+    """Write `point_scales.json`: how far off each baseline is on training clips, which is what turns it into a distribution for its NLL."""
+    write_json(run / "point_scales.json", laplace_scales(parts, rays_per_sweep=SCALE_RAYS, max_clips=SCALE_CLIPS))
 
 
 @contextmanager

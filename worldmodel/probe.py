@@ -126,9 +126,8 @@ def probe(trained: Trained, parts: Sequence[Part], *, most_clips: int = 60, seed
     sides: list[Array] = []
     logs = sorted({clip.log.id for clip, _ in clips})
     histories = [history_of(clip) for clip, _ in clips]
-    inputs = [
-        clouds_of(past_clouds(clip, h, trained.config)[0][:1], [0.0], trained.config.encoder) for (clip, _), h in zip(clips, histories, strict=True)
-    ]
+    newest = [past_clouds(clip, history, trained.config)[0] for (clip, _), history in zip(clips, histories, strict=True)]
+    inputs = [clouds_of([cloud], trained.config.encoder) for cloud in newest]
     set_statistics(untrained, inputs[:16])
     untrained.eval()
     for (clip, labels), history, points, cloud in zip(clips, histories, newest, inputs, strict=True):

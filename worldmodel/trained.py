@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sensors.errors import WmError, one_line
+from sensors.files import read_json
 from sensors.rays import History, Rays, hide_sector, history_of, in_sector, rays_of
 from sensors.records import Clip
 from worldmodel import calibration, checkpoint, forecast, rundir
@@ -43,6 +44,8 @@ class Trained:
         except RuntimeError as error:
             raise WmError(f"{one_line(run)}: step {found.step} does not fit its config.yaml ({one_line(error, 200)})") from error
         self.model.to(self.device).eval()
+        scales = run / "point_scales.json"
+        self.point_scales = read_json(scales) if scales.exists() else {}
 
     @property
     def checkpoint(self) -> str:

@@ -192,8 +192,8 @@ class _Drive:
         number = name[-2:]
         projection = kitti.matrix(self.cam_to_cam, f"P_rect_{number}", (3, 4), "calib_cam_to_cam.txt")
         nominal = kitti.matrix(self.cam_to_cam, f"S_rect_{number}", (2,), "calib_cam_to_cam.txt")
-        if min(projection[0, 0], projection[1, 1], *nominal) <= 0:
-            raise RecordError(f"calib_cam_to_cam.txt: P_rect_{number} or S_rect_{number} has a focal length or size that is not positive")
+        if min(projection[0, 0], projection[1, 1], *nominal) <= 0 or not np.allclose(projection[2, :3], (0, 0, 1)):
+            raise RecordError(f"calib_cam_to_cam.txt: P_rect_{number} is no projection of a camera, or S_rect_{number} no size")
         width, height = self._size_on_disk(listing)
         k_px = projection[:, :3].copy()
         camera_from_rect = from_rotation_translation(np.eye(3), np.linalg.solve(k_px, projection[:, 3]))

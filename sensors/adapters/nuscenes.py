@@ -381,10 +381,10 @@ class _Recording:
                 calibration, rows = self._calibrated(tables, channel, by_channel[channel])
                 stamps = self._listed(channel, rows)
                 if modality[channel] == "lidar":
-                    lidars[channel] = self._lidar(channel, calibration)
+                    lidars[channel] = self._lidar(channel, calibration, _rate(stamps, LIDAR_RATE_HZ))
                     sweep_stamps[channel] = stamps
                 else:
-                    cameras[channel] = self._camera(channel, calibration, rows)
+                    cameras[channel] = self._camera(channel, calibration, rows, _rate(stamps, CAMERA_RATE_HZ))
                     image_stamps[channel] = stamps
             except RecordError as error:
                 self.counts[f"{one_line(channel)}: left out ({error})"] += 1
@@ -477,7 +477,7 @@ class _Recording:
             raise RecordError(f"none of {len(rows)} files is there")
         return stamps
 
-    def _lidar(self, channel: str, calibration: _Calibration) -> Lidar:
+    def _lidar(self, channel: str, calibration: _Calibration, rate_hz: float) -> Lidar:
         """Beams and their elevations (the median of each ring) from the first sweep that is readable."""
         native = from_rotation_translation(rotation_from_quaternion(np.array(calibration.rotation)), np.array(calibration.translation))
         beams, elevations = None, None
@@ -494,15 +494,15 @@ class _Recording:
                 by_ring = [angles[keep & (rings == ring)] for ring in range(beams)] if beams <= 256 else []
                 elevations = np.array([np.median(a) for a in by_ring], np.float64) if by_ring and all(map(len, by_ring)) else None
             break
-        return Lidar(channel, native @ inverse(LIDAR_FROM_NATIVE), LIDAR_RATE_HZ, beams, elevations)
+        return Lidar(channel, native @ inverse(LIDAR_FROM_NATIVE), rate_hz, beams, elevations)
 
-    def _camera(self, channel: str, calibration: _Calibration, rows: Sequence[_Data]) -> Camera:
+    def _camera(self, channel: str, calibration: _Calibration, rows: Sequence[_Data], rate_hz: float) -> Camera:
         """A camera of the size that most rows say. Images are published undistorted."""
         if not calibration.camera_intrinsic:
             raise RecordError("calibrated_sensor without camera_intrinsic")
         (width, height), _ = Counter((row.width, row.height) for row in rows).most_common(1)[0]
         pose = from_rotation_translation(rotation_from_quaternion(np.array(calibration.rotation)), np.array(calibration.translation))
-        return Camera(channel, pose, np.array(calibration.camera_intrinsic).reshape(3, 3), width, height, rate_hz=CAMERA_RATE_HZ)
+        return Camera(channel, pose, np.array(calibration.camera_intrinsic).reshape(3, 3), width, height, rate_hz=rate_hz)
 
     def _count_once(self, sensor: str, index: int, found: Counter[str]) -> None:
         if (sensor, index) not in self.read_already:
@@ -620,6 +620,12 @@ class _Recording:
                 instance[inside] = numbers[box.track]
                 moving[inside] = box.velocity is not None and float(np.hypot(*box.velocity)) > MOVING_MPS
         return PointLabels(stamp_ns, category, instance, moving)
+
+
+def _rate(stamps_ns: Array, nominal_hz: float) -> float:
+    """The nominal rate, or the median one where it is another by a fifth (tables that were not recorded by nuScenes' car)."""
+    median_hz = 1e9 / float(np.median(np.diff(stamps_ns))) if len(stamps_ns) > 2 else nominal_hz
+    return nominal_hz if abs(median_hz / nominal_hz - 1) < 0.2 else min(median_hz, 1000.0)
 
 
 def _rings(table: Array) -> Array | None:

@@ -129,14 +129,14 @@ def cloud_in_ego(log: Log, lidar: str, index: int) -> Array:
 
 
 def pair_indices(log: Log) -> list[tuple[int, int]]:
-    """Indices of at most PAIRS pairs of the reference LiDAR's sweeps, PAIR_S apart (within a quarter) and covered by poses."""
+    """Indices of at most PAIRS pairs of the reference LiDAR's sweeps, PAIR_S apart (within a tenth) and covered by poses."""
     stamps = log.sweep_stamps_ns[log.reference_lidar]
     if log.poses is None or len(stamps) < 2:
         return []
     later = nearest_index(stamps, stamps + int(PAIR_S * 1e9))
     apart = (stamps[later] - stamps) / 1e9
     covered = (stamps >= log.poses.stamps_ns[0]) & (stamps <= log.poses.stamps_ns[-1])
-    good = np.flatnonzero((np.abs(apart - PAIR_S) < 0.25 * PAIR_S) & covered & covered[later])
+    good = np.flatnonzero((np.abs(apart - PAIR_S) < 0.1 * PAIR_S + 1e-6) & covered & covered[later])
     return [(int(good[i]), int(later[good[i]])) for i in spread(len(good), PAIRS)]
 
 

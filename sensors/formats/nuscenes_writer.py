@@ -5,7 +5,7 @@ camera's nearest image; cameras get the names of nuScenes' six by where they loo
 counterpart and keep their own name otherwise (the devkit's evaluation passes over those); the map is plain grey; `splits.json` names all
 scenes as split `all`, which the devkit's evaluation takes (1.2 and newer). Sweeps that are not motion-compensated but have times are
 compensated to their stamp, as nuScenes' are; those without times are written as recorded. A scene's description names the log, its licence, and
-what was left out.
+what was left out. The ego frame stays the log's, though nuScenes has its at the ground.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ COUNTERPART = {
     "barrier": "movable_object.barrier", "traffic_cone": "movable_object.trafficcone", "construction_cone": "movable_object.trafficcone",
     "cone": "movable_object.trafficcone", "animal": "animal", "road": "flat.driveable_surface", "ground": "flat.driveable_surface",
     "sidewalk": "flat.sidewalk", "terrain": "flat.terrain", "grass": "flat.terrain", "building": "static.manmade", "wall": "static.manmade",
-    "fence": "static.manmade", "pole": "static.manmade", "sign": "static.manmade", "tree": "static.vegetation", "bush": "static.vegetation",
+    "fence": "static.manmade", "pole": "static.manmade", "sign": "static.manmade", "clutter": "static.other",
+    "tree": "static.vegetation", "bush": "static.vegetation",
     "hedge": "static.vegetation", "vegetation": "static.vegetation",
 }  # fmt: skip
 

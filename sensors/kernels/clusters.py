@@ -260,3 +260,107 @@ def climb(points, start, times, maps, cell, first, steps, with_turn, out):
             out[choice] += sign * (steps[level, 0] if choice < 2 else steps[level, 1])
             best = better
     return best
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def sort_into_cells(points, keep, cell, n, start, order):
+    """Rows of the kept points (N,3) by cell of a grid: start (n*n+1,) i32 zeros to fill, order (N,) i32; returns how many were kept."""
+    half = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    for i in range(points.shape[0]):
+        if keep[i]:
+            fx, fy = points[i, 0] * per + half, points[i, 1] * per + half
+            if fx >= 0 and fx < n and fy >= 0 and fy < n:
+                start[int(fx) * n + int(fy) + 1] += 1
+    for c in range(n * n):
+        start[c + 1] += start[c]
+    at = start[:-1].copy()
+    for i in range(points.shape[0]):
+        if keep[i]:
+            fx, fy = points[i, 0] * per + half, points[i, 1] * per + half
+            if fx >= 0 and fx < n and fy >= 0 and fy < n:
+                c = int(fx) * n + int(fy)
+                order[at[c]] = i
+                at[c] += 1
+    return start[n * n]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def settle(points, old, start, order, cell, n, shift, limit, rounds, most, flat_weight):
+    """Slide points (M,3) by shift (2,) f64, in place, until they lie on old points: in each round every point is paired with the nearest
+    old one within limit[round] and every old one near them with the nearest point, both ways count, and the shift follows the mean
+    difference of the pairs. At most `most` old points are looked at. Vertical differences count flat_weight times. Returns the mean
+    squared horizontal distance of the last pairs and the smaller share (of the points, of the old points) that is paired."""
+    m = points.shape[0]
+    half = n // 2
+    low_x, low_y = np.float32(np.inf), np.float32(np.inf)
+    high_x, high_y = -np.float32(np.inf), -np.float32(np.inf)
+    for i in range(m):
+        low_x, high_x = min(low_x, points[i, 0]), max(high_x, points[i, 0])
+        low_y, high_y = min(low_y, points[i, 1]), max(high_y, points[i, 1])
+    margin = limit[0]
+    x0, x1 = low_x + shift[0] - margin, high_x + shift[0] + margin
+    y0, y1 = low_y + shift[1] - margin, high_y + shift[1] + margin
+    r0, r1 = max(int(np.floor(x0 / cell)) + half, 0), min(int(np.floor(x1 / cell)) + half, n - 1)
+    c0, c1 = max(int(np.floor(y0 / cell)) + half, 0), min(int(np.floor(y1 / cell)) + half, n - 1)
+    count = 0
+    for r in range(r0, r1 + 1):
+        for at in range(start[r * n + c0] if c0 <= c1 else 0, start[r * n + c1 + 1] if c0 <= c1 else 0):
+            j = order[at]
+            if old[j, 0] >= x0 and old[j, 0] <= x1 and old[j, 1] >= y0 and old[j, 1] <= y1:
+                count += 1
+    if count == 0:
+        return np.inf, 0.0
+    stride = max((count + most - 1) // most, 1)
+    near = np.empty((count // stride + 1, 3), np.float32)
+    seen, kept = 0, 0
+    for r in range(r0, r1 + 1):
+        for at in range(start[r * n + c0], start[r * n + c1 + 1]):
+            j = order[at]
+            if old[j, 0] >= x0 and old[j, 0] <= x1 and old[j, 1] >= y0 and old[j, 1] <= y1:
+                if seen % stride == 0:
+                    near[kept] = old[j]
+                    kept += 1
+                seen += 1
+    back = np.empty(kept, np.float32)
+    back_of = np.empty(kept, np.int32)
+    squared, share = np.inf, 0.0
+    for turn in range(rounds):
+        reach2 = np.float32(limit[turn] * limit[turn])
+        sx, sy = np.float32(shift[0]), np.float32(shift[1])
+        back[:] = np.float32(np.inf)
+        sum_x, sum_y, sum_2, pairs, forward = 0.0, 0.0, 0.0, 0, 0
+        for i in range(m):
+            x, y, z = points[i, 0] + sx, points[i, 1] + sy, points[i, 2]
+            best = np.float32(np.inf)
+            best_j = -1
+            for j in range(kept):
+                dx, dy, dz = near[j, 0] - x, near[j, 1] - y, (near[j, 2] - z) * flat_weight
+                d = dx * dx + dy * dy + dz * dz
+                if d < best:
+                    best, best_j = d, j
+                if d < back[j]:
+                    back[j], back_of[j] = d, i
+            if best < reach2:
+                dx, dy = near[best_j, 0] - x, near[best_j, 1] - y
+                sum_x += dx
+                sum_y += dy
+                sum_2 += dx * dx + dy * dy
+                pairs += 1
+                forward += 1
+        backward = 0
+        for j in range(kept):
+            if back[j] < reach2:
+                dx, dy = near[j, 0] - points[back_of[j], 0] - sx, near[j, 1] - points[back_of[j], 1] - sy
+                sum_x += dx
+                sum_y += dy
+                sum_2 += dx * dx + dy * dy
+                pairs += 1
+                backward += 1
+        if pairs == 0:
+            return np.inf, 0.0
+        shift[0] += sum_x / pairs
+        shift[1] += sum_y / pairs
+        squared = sum_2 / pairs
+        share = min(forward / m, backward / kept)
+    return squared, share

@@ -142,6 +142,7 @@ def _texture(scene: Scene, hits: Hits) -> Array:
         brick = number % 3 == 0
         course = np.floor(height / 0.09)
         mortar = (np.mod(height, 0.09) < 0.015) | (np.mod(along + 0.12 * np.mod(course, 2), 0.24) < 0.015)
-        out[walls] += np.where(brick, 0.22 * (_noise(along * 4, course, 1.0) - 0.5) + 0.25 * mortar * near[walls], 0.08 * (_noise(along, height, 0.5) - 0.5))
+        stones = 0.22 * (_noise(along * 4, course, 1.0) - 0.5) + 0.25 * mortar * near[walls]
+        out[walls] += np.where(brick, stones, 0.08 * (_noise(along, height, 0.5) - 0.5))
         out[walls] -= 0.12 * (height < 0.5)
     return out

@@ -19,7 +19,7 @@ from sensors.geometry import inverse, pose_at
 from sensors.records import Box, Image, Labels, Lidar, Log, PointLabels, RecordError, Sweep, Trajectory
 from sensors.simulator import camera as cameras_module
 from sensors.simulator.lidar import MODELS, Measurement, column_times, measure
-from sensors.simulator.scene import CATEGORIES, FIRST_MOVER, Scene
+from sensors.simulator.scene import CATEGORIES, FIRST_MOVER, Scene, standing_on
 from sensors.simulator.streets import build_street
 from sensors.simulator.traffic import EGO_BOX, drive, parked
 
@@ -123,7 +123,8 @@ class _Simulation:
 
     def _picture(self, camera: str, index: int) -> tuple[Array, Array, Array]:
         if camera not in self.cameras or not 0 <= index < len(self.stamps):
-            raise RecordError(f"{self.log.id}: no image {index} of {camera}; there are {len(self.stamps)} of {', '.join(self.cameras) or 'no camera'}")
+            there = f"{len(self.stamps)} of {', '.join(self.cameras)}" if self.cameras else "no cameras"
+            raise RecordError(f"{self.log.id}: no image {index} of {camera}; there are {there}")
         stamp = self.image_stamps[camera][index]
         world_from_camera = pose_at(self.trajectory, stamp)[0] @ self.cameras[camera].ego_from_camera
         return cameras_module.render(self.scene, self.cameras[camera], world_from_camera, float(self._seconds(stamp)))
@@ -149,8 +150,7 @@ class _Simulation:
         boxes = []
         ego_from_world = inverse(pose_at(self.trajectory, self.stamps))
         still = parked(self.street)
-        places = np.array([(t.x, t.y) for t in still]).reshape(-1, 2)
-        ground = self.street.height(places) if len(still) else np.zeros(0)
+        ground = standing_on(self.street, still)
         moving = [a.at(self._seconds(self.stamps)) for a in self.traffic.actors]
         for i, stamp in enumerate(self.stamps):
             turn = ego_from_world[i]
@@ -170,5 +170,3 @@ class _Simulation:
     def _box(self, stamp: int, track: str, kind: str, centre: Array, size: Array, yaw: float, ego_from_world: Array, speed: float) -> Box:
         heading = ego_from_world[:3, :3] @ (np.cos(yaw), np.sin(yaw), 0.0)
         return Box(stamp, track, kind, centre, size, float(np.arctan2(heading[1], heading[0])), heading[:2] * speed)
-
-

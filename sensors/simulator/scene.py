@@ -137,7 +137,8 @@ def _pavement(street: Street, index: int, way: Array, tree: Any) -> tuple[Array,
     """Kerb and pavement on both sides of a road, left out where another road's carriageway is."""
     road = street.roads[index]
     s = np.arange(road.start, road.stop + 0.1, 2.0)
-    vertices, triangles = [], []
+    vertices: list[Array] = []
+    triangles: list[Array] = []
     count = 0
     for side in (-1.0, 1.0):
         inner, outer = road.at(s, side * road.half_width)[0], road.at(s, side * (road.half_width + road.sidewalk))[0]
@@ -150,13 +151,22 @@ def _pavement(street: Street, index: int, way: Array, tree: Any) -> tuple[Array,
         level = street.land(inner)
         rows = np.stack((np.c_[inner, level - 0.10], np.c_[inner, level + KERB_M], np.c_[outer, street.land(outer) + KERB_M + 0.01]))  # (3,N,3)
         n = len(s)
-        i = np.flatnonzero(keep)
+        kept = np.flatnonzero(keep)
         for low in (0, 1):
-            a, b = low * n + i + count, (low + 1) * n + i + count
+            a, b = low * n + kept + count, (low + 1) * n + kept + count
             triangles += [np.stack((a, a + 1, b + 1), 1), np.stack((a, b + 1, b), 1)]
         vertices.append(rows.reshape(-1, 3))
         count += 3 * n
     return np.concatenate(vertices), np.concatenate(triangles)
+
+
+def standing_on(street: Street, things: tuple[Thing, ...]) -> Array:
+    """Height (N,) of the ground that things stand on: at their middle, without small unevenness."""
+    if not things:
+        return np.zeros(0)
+    places = np.array([(t.x, t.y) for t in things])
+    edge = street.edge_distance(places)[0]
+    return street.land(places) + np.where(edge > 0, KERB_M, 0.025 * np.clip(-edge, 0, 6.0))
 
 
 class Scene:
@@ -171,9 +181,7 @@ class Scene:
         tree = cKDTree(way)
         things = [t for t in street.things if tree.query((t.x, t.y))[0] < SIGHT_M + max(t.length, t.width) / 2]
         self.things = tuple(things)
-        base = street.land(np.array([(t.x, t.y) for t in things]).reshape(-1, 2)) if things else np.zeros(0)
-        kerb = street.edge_distance(np.array([(t.x, t.y) for t in things]).reshape(-1, 2))[0] if things else np.zeros(0)
-        self.base = base + np.where(kerb > 0, KERB_M, 0.02)
+        self.base = standing_on(street, self.things)
         meshes, item = [], []
         for i, t in enumerate(things):
             mesh = KINDS[t.kind][1](t, np.random.default_rng([street.seed, 3, t.number])).moved(t.x, t.y, float(self.base[i]), t.yaw)
@@ -361,4 +369,3 @@ def _embree(vertices: Array, triangles: Array) -> Any:
         o3d.core.Tensor.from_numpy(np.ascontiguousarray(vertices, np.float32)), o3d.core.Tensor.from_numpy(np.ascontiguousarray(triangles, np.uint32))
     )
     return scene
-

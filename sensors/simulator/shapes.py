@@ -27,17 +27,17 @@ class Material:
 
 
 MATERIALS: dict[str, Material] = {
-    "asphalt": Material(0.29, 0.015, (0.30, 0.30, 0.31)),
-    "pavement": Material(0.33, 0.01, (0.55, 0.53, 0.50)),
-    "grass": Material(0.36, 0.04, (0.32, 0.42, 0.20)),
-    "wall": Material(0.34, 0.01, (1.0, 1.0, 1.0)),
-    "glass": Material(0.06, 0.45, (0.16, 0.20, 0.25)),
+    "asphalt": Material(0.34, 0.002, (0.30, 0.30, 0.31)),
+    "pavement": Material(0.38, 0.002, (0.55, 0.53, 0.50)),
+    "grass": Material(0.40, 0.01, (0.32, 0.42, 0.20)),
+    "wall": Material(0.38, 0.004, (1.0, 1.0, 1.0)),
+    "glass": Material(0.09, 0.25, (0.16, 0.20, 0.25)),
     "roof": Material(0.25, 0.02, (0.42, 0.22, 0.17)),
-    "leaves": Material(0.38, 0.06, (0.22, 0.38, 0.14)),
+    "leaves": Material(0.42, 0.02, (0.22, 0.38, 0.14)),
     "bark": Material(0.30, 0.02, (0.30, 0.24, 0.18)),
     "wood": Material(0.40, 0.02, (0.50, 0.38, 0.26)),
     "metal": Material(0.35, 0.05, (0.55, 0.56, 0.58)),
-    "paint": Material(0.30, 0.06, (1.0, 1.0, 1.0)),
+    "paint": Material(0.36, 0.03, (1.0, 1.0, 1.0)),
     "tyre": Material(0.10, 0.10, (0.08, 0.08, 0.09)),
     "cloth": Material(0.30, 0.02, (1.0, 1.0, 1.0)),
     "skin": Material(0.40, 0.01, (0.80, 0.60, 0.48)),
@@ -93,7 +93,7 @@ def box(length: float, width: float, height: float, material: str, at: tuple[flo
     """A box standing on `at`."""
     x, y = np.array((-1, 1, 1, -1)) * length / 2 + at[0], np.array((-1, -1, 1, 1)) * width / 2 + at[1]
     low = np.stack((x, y, np.full(4, float(at[2]))), 1)
-    return loft(low, low + (0, 0, height), material)
+    return loft(low, low + np.array((0, 0, height)), material)
 
 
 def column(radius: float, height: float, material: str, at: tuple[float, float, float] = (0, 0, 0), top: float = 1.0, sides: int = 7) -> Mesh:
@@ -114,7 +114,8 @@ def _profile(outline: list[tuple[float, float]], half_width: float, material: st
 def _wheels(xs: tuple[float, ...], half_width: float, radius: float, thick: float = 0.22) -> list[Mesh]:
     a = np.arange(8) * np.pi / 4 + np.pi / 8
     circle = np.stack((np.cos(a) * radius, np.zeros(8), np.sin(a) * radius + radius), 1)
-    return [loft(circle + (x, s * half_width, 0), circle + (x, s * (half_width - thick), 0), "tyre") for x in xs for s in (-1, 1)]
+    place = np.array
+    return [loft(circle + place((x, s * half_width, 0)), circle + place((x, s * (half_width - thick), 0)), "tyre") for x in xs for s in (-1, 1)]
 
 
 def car(length: float, width: float, height: float, rng: np.random.Generator) -> Mesh:
@@ -168,7 +169,7 @@ def _body(x: float, height: float, foot: float, lean: float, stride: float) -> l
     legs = []
     for side in (-1, 1):
         s = np.array([(0.07, 0.07), (-0.07, 0.07), (-0.07, -0.07), (0.07, -0.07)])
-        below, above = s + (x + side * stride, side * 0.10), s * 1.2 + (x, side * 0.09)
+        below, above = s + np.array((x + side * stride, side * 0.10)), s * 1.2 + np.array((x, side * 0.09))
         legs.append(loft(np.c_[below, np.full(4, foot)], np.c_[above, np.full(4, hip + 0.02)], "cloth"))
     return [torso, *legs, column(0.105, 0.145 * h, "skin", (x + lean * 1.1, 0, neck + 0.01), 0.9)]
 
@@ -182,8 +183,11 @@ def cyclist(length: float, width: float, height: float, rng: np.random.Generator
     a = np.arange(10) * np.pi / 5
     r = 0.34
     circle = np.stack((np.cos(a) * r, np.zeros(10), np.sin(a) * r + r), 1)
-    wheels = [loft(circle + (x, 0.025, 0), circle + (x, -0.025, 0), "tyre") for x in (-0.5 * length + r, 0.5 * length - r)]
-    frame = [box(0.95, 0.05, 0.06, "metal", (0, 0, 0.45)), box(0.05, 0.05, 0.45, "metal", (0.45, 0, 0.5)), box(0.06, 0.52, 0.05, "metal", (0.42, 0, 0.95))]
+    thick = np.array((0, 0.025, 0))
+    middles = [circle + np.array((x, 0, 0)) for x in (-0.5 * length + r, 0.5 * length - r)]
+    wheels = [loft(m + thick, m - thick, "tyre") for m in middles]
+    bars = ((0.95, 0.05, 0.06, (0, 0, 0.45)), (0.05, 0.05, 0.45, (0.45, 0, 0.5)), (0.06, 0.52, 0.05, (0.42, 0, 0.95)))
+    frame = [box(l, w, h, "metal", at) for l, w, h, at in bars]
     return join(wheels + frame + _body(-0.15, height, 0.30, float(rng.uniform(0.15, 0.32)), 0.10))
 
 
@@ -201,7 +205,7 @@ def tree(height: float, trunk: float, crown: float, clear: float, rng: np.random
     clumps = int(rng.integers(4, 9))
     middle = (clear + height) / 2
     where = rng.normal(size=(clumps, 3)) * (0.45 * crown, 0.45 * crown, 0.26 * (height - clear)) + (0, 0, middle)
-    count = int(np.clip(26 * crown * max(height - clear, 1.0), 70, 420))
+    count = int(np.clip(36 * crown * max(height - clear, 1.0), 90, 600))
     of = rng.integers(0, clumps, count)
     shell = rng.normal(size=(count, 3))
     shell *= (rng.uniform(0.55, 1.0, count) / np.linalg.norm(shell, axis=1))[:, None]
@@ -212,7 +216,7 @@ def tree(height: float, trunk: float, crown: float, clear: float, rng: np.random
     a = np.arange(7) * 2 * np.pi / 7
     ring = np.stack((np.cos(a), np.sin(a)), 1) * trunk
     stem = loft(np.c_[ring, np.full(7, -0.5)], np.c_[ring * 0.75 + lean, np.full(7, middle)], "bark")
-    return join([stem, leaves(centres, rng.uniform(0.25, 0.60, count), rng)])
+    return join([stem, leaves(centres, rng.uniform(0.18, 0.50, count), rng)])
 
 
 def hedge(length: float, width: float, height: float, rng: np.random.Generator) -> Mesh:
@@ -266,8 +270,9 @@ def building(length: float, width: float, height: float, rng: np.random.Generato
     parts = [box(l, w, h + 3.0, "wall", (0, 0, -3.0))]
     if rng.random() < 0.6:
         rise = float(rng.uniform(0.25, 0.5)) * min(w, 10.0)
+        half = np.array((0.52 * l, 0, 0))
         gable = np.array([(0.0, -0.53 * w, h), (0.0, 0.53 * w, h), (0.0, 0.0, h + rise)])
-        parts.append(loft(gable - (0.52 * l, 0, 0), gable + (0.52 * l, 0, 0), "roof"))
+        parts.append(loft(gable - half, gable + half, "roof"))
     else:
         parts.append(box(l + 0.3, w + 0.3, 0.3, "wall", (0, 0, h)))
     for x in np.arange(-0.5 * l + 2.0, 0.5 * l - 2.0, float(rng.uniform(2.8, 4.5))):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Triple = tuple[float, float, float]
 
 STEP_M = 1.0
 KERB_M = 0.12
@@ -40,10 +41,10 @@ class Style:
 
 
 STYLES = {
-    "residential": Style((1,), (2.7, 3.2), 0.75, (1.5, 2.5), (0.5, 5.0), (1, 3), (2.0, 9.0), 0.45, (8, 16), 0.45, 0.8, (6, 12)),
-    "urban": Style((1, 1, 2), (3.0, 3.4), 0.80, (2.0, 4.0), (0.0, 1.0), (3, 6), (3.0, 12.0), 0.15, (10, 26), 0.55, 0.15, (7, 14)),
-    "suburban": Style((1,), (2.9, 3.4), 0.35, (1.5, 2.2), (4.0, 11.0), (1, 3), (4.0, 22.0), 0.65, (9, 18), 0.35, 1.0, (8, 15)),
-    "arterial": Style((1, 2, 2), (3.2, 3.6), 0.25, (2.0, 3.5), (2.0, 9.0), (2, 6), (5.0, 25.0), 0.40, (14, 40), 0.75, 0.5, (11, 20)),
+    "residential": Style((1,), (2.8, 3.4), 0.70, (1.6, 3.0), (0.5, 9.0), (1, 3), (3.0, 14.0), 0.55, (8, 16), 0.45, 0.8, (6, 12)),
+    "urban": Style((1, 1, 2), (3.0, 3.5), 0.80, (2.5, 5.5), (0.0, 2.5), (3, 6), (4.0, 16.0), 0.20, (10, 26), 0.55, 0.15, (7, 14)),
+    "suburban": Style((1,), (2.9, 3.5), 0.35, (1.6, 2.8), (5.0, 16.0), (1, 3), (5.0, 26.0), 0.65, (9, 18), 0.35, 1.0, (8, 15)),
+    "arterial": Style((1, 2, 2), (3.2, 3.7), 0.25, (2.0, 4.5), (3.0, 16.0), (2, 6), (6.0, 30.0), 0.50, (14, 40), 0.75, 0.5, (11, 20)),
 }
 
 
@@ -68,6 +69,10 @@ class Road:
     @property
     def stop(self) -> float:
         return self.start + (len(self.centre) - 1) * STEP_M
+
+    def end(self, direction: int) -> float:
+        """The arc length at which traffic along (+1) or against (-1) the road leaves it."""
+        return self.stop if direction > 0 else self.start
 
     def at(self, s: Array | float, u: Array | float = 0.0) -> tuple[Array, Array]:
         """World positions (...,2) and headings (...,) at (s, u); beyond the ends straight on."""
@@ -288,9 +293,13 @@ def _side_roads(rng: np.random.Generator, style: Style, main: Road, ahead_m: flo
     return roads, tuple(junctions)
 
 
-CAR_PAINTS = ((0.75, 0.76, 0.78), (0.10, 0.10, 0.12), (0.90, 0.90, 0.90), (0.35, 0.36, 0.40), (0.12, 0.20, 0.45), (0.55, 0.08, 0.08), (0.20, 0.32, 0.25),
-              (0.60, 0.52, 0.40))  # fmt: skip
-WALL_PAINTS = ((0.86, 0.80, 0.68), (0.80, 0.78, 0.74), (0.62, 0.34, 0.26), (0.72, 0.60, 0.46), (0.90, 0.88, 0.84), (0.66, 0.70, 0.72), (0.78, 0.66, 0.58))
+CAR_PAINTS = (
+    (0.75, 0.76, 0.78), (0.10, 0.10, 0.12), (0.90, 0.90, 0.90), (0.35, 0.36, 0.40), (0.12, 0.20, 0.45), (0.55, 0.08, 0.08),
+    (0.20, 0.32, 0.25), (0.60, 0.52, 0.40),
+)  # fmt: skip
+WALL_PAINTS = (
+    (0.86, 0.80, 0.68), (0.80, 0.78, 0.74), (0.62, 0.34, 0.26), (0.72, 0.60, 0.46), (0.90, 0.88, 0.84), (0.66, 0.70, 0.72), (0.78, 0.66, 0.58),
+)  # fmt: skip
 
 
 def vehicle_size(rng: np.random.Generator, kind: str) -> tuple[float, float, float]:
@@ -324,8 +333,10 @@ class _Furnishing:
                 self._kerbside(index, side)
         self._backdrop()
 
-    def put(self, kind: str, place: tuple[Array, float], size: tuple[float, float, float], clear: float, rgb: tuple[float, float, float] = (0.6, 0.6, 0.6),
-            extra: tuple[float, float] = (0.0, 0.0), margin: float = 0.25) -> bool:  # fmt: skip
+    def put(
+        self, kind: str, place: tuple[Array, float], size: Triple, clear: float, rgb: Triple = (0.6, 0.6, 0.6),
+        extra: tuple[float, float] = (0.0, 0.0), margin: float = 0.25,
+    ) -> bool:  # fmt: skip
         """Place it unless it would touch another thing or come nearer than `clear` to a carriageway's edge."""
         (x, y), yaw = place
         l, w, _ = size
@@ -345,6 +356,9 @@ class _Furnishing:
         self.rects[count] = rect
         self.things.append(Thing(kind, float(x), float(y), float(yaw), l, w, size[2], count, rgb, extra))
         return True
+
+    def _paint(self, paints: tuple[Triple, ...]) -> Triple:
+        return paints[int(self.rng.integers(len(paints)))]
 
     def place(self, road: Road, s: float, u: float, turn: float = 0.0) -> tuple[Array, float]:
         point, heading = road.at(s, u)
@@ -369,7 +383,7 @@ class _Furnishing:
                 turn = (0.0 if side < 0 else np.pi) + (np.pi if rng.random() < 0.08 else 0.0) + rng.normal(0, 0.012)
                 place = self.place(road, s + size[0] / 2, u + rng.normal(0, 0.05), turn)
                 if self._junction_free(index, place[0], 6.0):
-                    self.put(kind, place, size, -10.0, CAR_PAINTS[int(rng.integers(len(CAR_PAINTS)))])
+                    self.put(kind, place, size, -10.0, self._paint(CAR_PAINTS))
             s += size[0] + rng.uniform(0.7, 2.2)
 
     def _frontage(self, index: int, side: int) -> None:
@@ -384,7 +398,7 @@ class _Furnishing:
             depth = rng.uniform(7, 14)
             setback = max(0.05, typical + rng.normal(0, 0.25 * typical + 0.15))
             storeys = int(rng.integers(style.storeys[0], style.storeys[1] + 1))
-            paint = np.clip(np.array(WALL_PAINTS[int(rng.integers(len(WALL_PAINTS)))]) + rng.normal(0, 0.03, 3), 0.05, 1)
+            paint = np.clip(np.array(self._paint(WALL_PAINTS)) + rng.normal(0, 0.03, 3), 0.05, 1)
             place = self.place(road, s + front / 2, side * (line + setback + depth / 2), turn if side > 0 else turn + np.pi)
             size = (front, depth, 2.9 * storeys + rng.uniform(0.2, 1.2))
             built = self.put("building", place, size, road.sidewalk * 0.6, (float(paint[0]), float(paint[1]), float(paint[2])), margin=0.0)
@@ -421,9 +435,10 @@ class _Furnishing:
         if drive and setback > 6.0 and rng.random() < 0.6:
             size = vehicle_size(rng, "car")
             place = self.place(road, s + rng.uniform(2, max(2.1, front - 2)), side * (line + 0.8 + size[0] / 2), np.pi / 2 * rng.choice((-1, 1)))
-            self.put("car", place, size, 1.0, CAR_PAINTS[int(rng.integers(len(CAR_PAINTS)))])
+            self.put("car", place, size, 1.0, self._paint(CAR_PAINTS))
         for _ in range(rng.poisson(0.18 * setback)):
-            self._tree(self.place(road, s + rng.uniform(0.5, front), side * (line + rng.uniform(1.4, max(1.5, setback - 0.8)))), small=rng.random() < 0.6)
+            u = side * (line + rng.uniform(1.4, max(1.5, setback - 0.8)))
+            self._tree(self.place(road, s + rng.uniform(0.5, front), u), small=rng.random() < 0.6)
 
     def _gap(self, road: Road, side: int, s: float, gap: float, line: float) -> None:
         """A driveway, a garden behind a hedge, a yard with a house at its end, or open ground."""
@@ -433,13 +448,14 @@ class _Furnishing:
             self._barrier(road, side, s + 0.1, gap - 0.2, line + rng.uniform(0.6, 2.0))
         elif draw < 0.65:
             size = (max(2.0, gap - 0.8), rng.uniform(5, 8), rng.uniform(2.4, 3.0))
-            self.put("building", self.place(road, s + gap / 2, side * (line + rng.uniform(6, 16) + size[1] / 2), np.pi * (side > 0)), size, 1.0, (0.7, 0.68, 0.64))
+            place = self.place(road, s + gap / 2, side * (line + rng.uniform(6, 16) + size[1] / 2), np.pi * (side > 0))
+            self.put("building", place, size, 1.0, (0.7, 0.68, 0.64))
         for _ in range(rng.poisson(gap / 6.0)):
             self._tree(self.place(road, s + rng.uniform(0, gap), side * (line + rng.uniform(2.5, 20))), small=rng.random() < 0.35)
         if rng.random() < 0.8:
             wide = rng.uniform(9, 22)
             place = self.place(road, s + gap / 2, side * (line + rng.uniform(18, 38)), rng.normal(0, 0.2) + np.pi * (side > 0))
-            self.put("building", place, (wide, rng.uniform(7, 12), rng.uniform(4, 12)), 1.0, WALL_PAINTS[int(rng.integers(len(WALL_PAINTS)))])
+            self.put("building", place, (wide, rng.uniform(7, 12), rng.uniform(4, 12)), 1.0, self._paint(WALL_PAINTS))
 
     def _tree(self, place: tuple[Array, float], small: bool, clear: float = 0.5) -> None:
         rng = self.rng
@@ -480,14 +496,14 @@ class _Furnishing:
                 for u in np.arange(-24, 25, 4.0):
                     self._tree(self.place(road, s + out * rng.uniform(2, 9), u + rng.normal(0, 1)), small=rng.random() < 0.25, clear=-20)
                 if rng.random() < 0.5:
-                    self.put("building", self.place(road, s + out * 14, rng.normal(0, 4), np.pi / 2), (rng.uniform(18, 34), 9, rng.uniform(6, 14)), 0.5,
-                             WALL_PAINTS[int(rng.integers(len(WALL_PAINTS)))])  # fmt: skip
+                    size = (rng.uniform(18, 34), 9.0, rng.uniform(6, 14))
+                    self.put("building", self.place(road, s + out * 14, rng.normal(0, 4), np.pi / 2), size, 0.5, self._paint(WALL_PAINTS))
         main = self.street.roads[0]
         for _ in range(90):
             s, u = rng.uniform(main.start, main.stop), rng.uniform(28, 105) * rng.choice((-1, 1))
             if rng.random() < 0.45:
-                self.put("building", self.place(main, s, u, rng.uniform(0, 2 * np.pi)), (rng.uniform(8, 24), rng.uniform(7, 13), rng.uniform(4, 13)), 2.5,
-                         WALL_PAINTS[int(rng.integers(len(WALL_PAINTS)))])  # fmt: skip
+                size = (rng.uniform(8, 24), rng.uniform(7, 13), rng.uniform(4, 13))
+                self.put("building", self.place(main, s, u, rng.uniform(0, 2 * np.pi)), size, 2.5, self._paint(WALL_PAINTS))
             else:
                 for _ in range(int(rng.integers(3, 9))):
                     point, heading = self.place(main, s, u)

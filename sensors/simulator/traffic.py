@@ -131,8 +131,13 @@ class _Trip:
 
 
 # acceleration, comfortable braking, hardest braking (m/s²), time gap (s), standing gap (m)
-_DRIVERS = {"car": (1.8, 2.6, 7.5, 1.1, 2.2), "van": (1.6, 2.4, 7.0, 1.2, 2.4), "truck": (1.1, 2.0, 6.0, 1.5, 3.0), "cyclist": (1.0, 2.0, 4.5, 0.9, 1.2),
-            "pedestrian": (1.2, 2.0, 3.0, 0.5, 0.7)}  # fmt: skip
+_DRIVERS = {
+    "car": (1.8, 2.6, 7.5, 1.1, 2.2),
+    "van": (1.6, 2.4, 7.0, 1.2, 2.4),
+    "truck": (1.1, 2.0, 6.0, 1.5, 3.0),
+    "cyclist": (1.0, 2.0, 4.5, 0.9, 1.2),
+    "pedestrian": (1.2, 2.0, 3.0, 0.5, 0.7),
+}
 
 
 def _go(trip: _Trip, front: float, taken: Array, count: int) -> tuple[Array, Array]:
@@ -288,7 +293,7 @@ class _Planner:
         reach = max(speed, 3.0) * self.seconds + 5
         turnable = [j for j in self.street.junctions if 20 < j.s < 12 + 0.8 * reach]
         points = lane_points(road, 1, u, -20.0, road.stop)
-        if turnable and rng.random() < 0.45:
+        if turnable and rng.random() < 0.6:
             junction = turnable[0]
             points = self._turn(junction, u, bool(rng.random() < 0.5) if junction.left and junction.right else junction.left)
         path = path_through(points, 22.0)
@@ -306,8 +311,10 @@ class _Planner:
         direction = 1 if left else -1
         before = lane_points(self.main, 1, u, -20.0, junction.s - side.half_width - 4.5)
         out = side.lane_offset(direction, 0)
-        after = lane_points(side, direction, out, direction * (self.main.half_width + 4.5), side.stop if left else side.start)
-        return np.concatenate((before, turn_points(before, after), after)) if len(before) and len(after) else lane_points(self.main, 1, u, -20.0, self.main.stop)
+        after = lane_points(side, direction, out, direction * (self.main.half_width + 4.5), side.end(direction))
+        if not (len(before) and len(after)):
+            return lane_points(self.main, 1, u, -20.0, self.main.stop)
+        return np.concatenate((before, turn_points(before, after), after))
 
     def _vehicle(self) -> tuple[str, tuple[float, float, float]]:
         kind = str(self.rng.choice(("car", "van", "truck"), p=(0.80, 0.13, 0.07)))
@@ -319,7 +326,7 @@ class _Planner:
         lane = int(rng.integers(road.lanes))
         if not road.start + 8 < s < road.stop - 8:
             return None
-        points = lane_points(road, direction, road.lane_offset(direction, lane), s, road.stop if direction > 0 else road.start)
+        points = lane_points(road, direction, road.lane_offset(direction, lane), s, road.end(direction))
         if len(points) < 2:
             return None
         wish = road.speed * rng.uniform(0.75, 1.15) if wish is None else wish
@@ -366,7 +373,7 @@ class _Planner:
         u = side.lane_offset(direction, 0)
         through = junction.left and junction.right
         if through and rng.random() < 0.65:
-            points = lane_points(side, direction, u, -direction * back, side.stop if direction > 0 else side.start)
+            points = lane_points(side, direction, u, -direction * back, side.end(direction))
         else:
             onto = int(rng.choice((-1, 1)))
             gap = self.main.half_width + 4.5
@@ -374,7 +381,7 @@ class _Planner:
                 return None
             before = lane_points(side, direction, u, -direction * back, -direction * gap)
             first = junction.s + onto * (side.half_width + 4.5)
-            after = lane_points(self.main, onto, self.main.lane_offset(onto, self.main.lanes - 1), first, self.main.stop if onto > 0 else self.main.start)
+            after = lane_points(self.main, onto, self.main.lane_offset(onto, self.main.lanes - 1), first, self.main.end(onto))
             if len(before) < 2 or len(after) < 2:
                 return None
             points = np.concatenate((before, turn_points(before, after), after))
@@ -390,8 +397,9 @@ class _Planner:
         side = self.street.roads[junction.road]
         direction = int(rng.choice([d for d, there in ((1, junction.left), (-1, junction.right)) if there]))
         kind, size = self._vehicle()
-        points = lane_points(side, direction, side.lane_offset(direction, 0), direction * rng.uniform(12, 60), side.stop if direction > 0 else side.start)
-        return _Trip(kind, size, path_through(points, 14.0), size[0] / 2, side.speed * rng.uniform(0.4, 1.0), side.speed) if len(points) > 20 else None
+        points = lane_points(side, direction, side.lane_offset(direction, 0), direction * rng.uniform(12, 60), side.end(direction))
+        speed = side.speed * rng.uniform(0.4, 1.0)
+        return _Trip(kind, size, path_through(points, 14.0), size[0] / 2, speed, side.speed) if len(points) > 20 else None
 
     def _turning_off(self) -> _Trip | None:
         """Oncoming, and turns into a side road."""
@@ -405,7 +413,7 @@ class _Planner:
         gap = side.half_width + 4.5
         start = junction.s + gap + rng.uniform(4, 25)
         before = lane_points(self.main, -1, self.main.lane_offset(-1, 0), start, junction.s + gap)
-        after = lane_points(side, direction, side.lane_offset(direction, 0), direction * (self.main.half_width + 4.5), side.stop if direction > 0 else side.start)
+        after = lane_points(side, direction, side.lane_offset(direction, 0), direction * (self.main.half_width + 4.5), side.end(direction))
         if len(before) < 2 or len(after) < 2:
             return None
         kind, size = self._vehicle()
@@ -418,7 +426,7 @@ class _Planner:
         direction = int(rng.choice((-1, 1)))
         u = -direction * (road.lane_width * road.lanes - 0.55)
         s = rng.uniform(-40, 50 + self.cruise * self.seconds)
-        points = lane_points(road, direction, u, s, road.stop if direction > 0 else road.start)
+        points = lane_points(road, direction, u, s, road.end(direction))
         size = vehicle_size(rng, "cyclist")
         wish = rng.uniform(3.0, 7.0)
         return _Trip("cyclist", size, path_through(points, 8.0), size[0] / 2, wish * rng.uniform(0.7, 1.0), wish) if len(points) > 20 else None
@@ -467,10 +475,13 @@ class _Planner:
     def _after_ego(self) -> list[Any]:
         rng = self.rng
         busy = rng.uniform(0.6, 1.5) * (1 + self.seconds / 25)
-        mean = {"_oncoming": 2.6, "_same_way": 1.6, "_crosser": 1.6, "_turning_off": 0.6, "_on_side": 1.2, "_rider": 1.0, "_walker": 5.0, "_walks_over": 0.8}
+        mean = {
+            self._oncoming: 2.6, self._same_way: 1.6, self._crosser: 1.6, self._turning_off: 0.6, self._on_side: 1.2, self._rider: 1.0,
+            self._walker: 5.0, self._walks_over: 0.8,
+        }  # fmt: skip
         chosen: list[Any] = [self._oncoming, self._crosser]
-        for name, expected in mean.items():
-            chosen += [getattr(self, name)] * int(rng.poisson(expected * busy))
+        for make, expected in mean.items():
+            chosen += [make] * int(rng.poisson(expected * busy))
         if rng.random() < 0.4:
             chosen.append(self._behind)
         return chosen

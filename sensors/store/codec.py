@@ -17,6 +17,7 @@ k/255, k/100 (KITTI), k/1000 or k/65535 to the last bit; otherwise as k/65535 ro
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ HEADER = struct.Struct("<4sBBHIIdI")  # magic, version, flags, walk, points, esc
 MAGIC = b"wmS\x89"
 LABEL_HEADER = struct.Struct("<4sBI")  # magic, version, points
 LABEL_MAGIC = b"wmL\x89"
+ARRAYS_HEADER = struct.Struct("<4sBB")  # magic, version, arrays
+ARRAYS_MAGIC = b"wmA\x89"
+ARRAY_TYPES = ("u1", "u2", "i4", "f4")
 DESKEWED, RING, TIME, ESCAPES = 1, 2, 4, 8
 FAR_M = 1600.0
 EXACT_STEPS_M = (0.01, 0.005, 0.002, 0.001)
@@ -272,3 +276,35 @@ def decode_labels(record: bytes, stamp_ns: int, what: str = "point labels") -> P
     if count:
         columns = _split(record[LABEL_HEADER.size :], types, [count, 4 * count, count], what)
     return PointLabels(stamp_ns, columns[0], columns[1], columns[2] != 0)
+
+
+def encode_arrays(arrays: Sequence[Array]) -> bytes:
+    """Arrays of up to three dimensions as `ARRAYS_HEADER` (magic, version, number of arrays), for each its kind (place in ARRAY_TYPES), its
+    dimensions u8 and their lengths u32, and the columns as in a sweep; empty arrays have no column."""
+    shapes = b"".join(struct.pack(f"<BB{a.ndim}I", ARRAY_TYPES.index(a.dtype.str[1:]), a.ndim, *a.shape) for a in arrays)
+    columns = [np.ascontiguousarray(a).reshape(-1) for a in arrays if a.size]
+    return ARRAYS_HEADER.pack(ARRAYS_MAGIC, VERSION, len(arrays)) + shapes + _joined(columns)
+
+
+def decode_arrays(record: bytes, kinds: Sequence[str], what: str = "labels") -> list[Array]:
+    """What `encode_arrays` was given, when these are arrays of the kinds and dimensions expected, written ``u1:1`` or ``f4:2``."""
+    try:
+        magic, version, count = ARRAYS_HEADER.unpack_from(record)
+        at, shapes, found = ARRAYS_HEADER.size, [], []
+        for _ in range(min(count, 8)):
+            kind, dimensions = struct.unpack_from("<BB", record, at)
+            shapes.append(struct.unpack_from(f"<{min(dimensions, 3)}I", record, at + 2))
+            found.append(f"{ARRAY_TYPES[kind]}:{dimensions}")
+            at += 2 + 4 * len(shapes[-1])
+    except (struct.error, IndexError) as error:
+        raise CodecError(f"{what}: ends within its header; restore the file or ingest the log again") from error
+    if magic != ARRAYS_MAGIC or version != VERSION or found != list(kinds):
+        raise CodecError(f"{what}: not {', '.join(kinds)} of codec version {VERSION} (found {', '.join(found)}, {version}); restore the file")
+    sizes = [math.prod(shape) for shape in shapes]
+    if max(sizes) > MAX_POINTS:
+        raise CodecError(f"{what}: {max(sizes)} values, more than {MAX_POINTS}; restore the file or ingest the log again")
+    types = [np.dtype(f"<{name[:2]}") for name in found]
+    there = [i for i, size in enumerate(sizes) if size]
+    columns = _split(record[at:], [types[i] for i in there], [sizes[i] * types[i].itemsize for i in there], what)
+    by_place = dict(zip(there, columns, strict=True))
+    return [by_place[i].reshape(shape) if i in by_place else np.zeros(shape, types[i]) for i, shape in enumerate(shapes)]

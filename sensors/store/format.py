@@ -41,6 +41,8 @@ SPEED_TABLE = {"stamp_ns": "int64", "forward_mps": "double"}
 BOX_TABLE = {"stamp_ns": "int64", "track": "string", "category": "string"} | dict.fromkeys(
     ("x_m", "y_m", "z_m", "length_m", "width_m", "height_m", "yaw_rad", "vx_mps", "vy_mps"), "double"
 ) | {"points_inside": "int64"}  # fmt: skip
+# labels of a sensor's items: of points, rays of a simulated LiDAR without return, depth and category of a simulated image
+LABEL_KINDS = ("points", "missing", "truth")
 LABEL_COLUMNS = {"index": "int64", "stamp_ns": "int64", "offset": "int64", "length": "int64", "crc32": "int64"}
 
 
@@ -182,12 +184,13 @@ _CAMERA = _PACKED | {
     "distortion": _listed(_number),
     "images": _count,
 }
+_LABEL_PACKS = _mapped(_object({"pack": _text, "index": _text}))
 _LABELS = {
     "boxes": _text,
     "box_count": _count,
     "categories": _listed(_text),
     "complete_fov_rad": _number,
-    "points": _mapped(_object({"pack": _text, "index": _text, "sweeps": _count})),
+    "points": _LABEL_PACKS,
 }
 _REFERENCE = {"path": _text, "dataset": _text}
 _MANIFEST: dict[str, Callable[[Any], bool]] = {
@@ -229,6 +232,8 @@ def check_manifest(manifest: Mapping[str, Any], what: str) -> list[files.Entry]:
         raise files.BadFile(
             f"{what}: format version {one_line(repr(version), 40)}, this release reads version {VERSION}; read it with a later release"
         )
+    if isinstance(manifest.get("labels"), dict) and not all(_LABEL_PACKS(manifest["labels"].get(kind, {})) for kind in LABEL_KINDS):
+        raise files.BadFile(f"{what}: 'labels' are not as the format has them; ingest the log again")
     for key, check in _MANIFEST.items():
         if key not in manifest:
             raise files.BadFile(f"{what}: has no {key!r}; restore it or ingest the log again")
@@ -241,7 +246,8 @@ def check_manifest(manifest: Mapping[str, Any], what: str) -> list[files.Entry]:
     labels = manifest["labels"]
     used = [row[key] for kind in ("lidars", "cameras") for row in manifest[kind].values() for key in ("index", "pack")]
     used += [manifest["poses"], manifest["measured_speed"], manifest["frames"]]
-    used += [labels["boxes"], *(row[key] for row in labels["points"].values() for key in ("index", "pack"))] if labels else []
+    if labels:
+        used += [labels["boxes"], *(row[key] for kind in LABEL_KINDS for row in labels.get(kind, {}).values() for key in ("index", "pack"))]
     if missing := [name for name in used if name is not None and name not in known]:
         raise files.BadFile(f"{what}: uses {one_line(repr(missing[0]), 80)}, which is not among its files; ingest the log again")
     if manifest["reference"] is None and any(row["pack"] is None for kind in ("lidars", "cameras") for row in manifest[kind].values()):

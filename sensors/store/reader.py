@@ -24,7 +24,7 @@ from sensors.adapters.base import open_source
 from sensors.errors import UsageError, one_line
 from sensors.records import Box, Image, Labels, Log, PointLabels, RecordError, Sweep, Trajectory
 from sensors.store import format as layout
-from sensors.store.codec import decode, decode_labels
+from sensors.store.codec import decode, decode_arrays, decode_labels
 from sensors.store.writer import check_store, reference_bytes
 
 Array = NDArray[Any]
@@ -264,32 +264,56 @@ class StoredLog:
         if row is None:
             return None
         table = self._table(row["boxes"], layout.BOX_TABLE, self._what)
-        point_labels = _PointLabels(self, {name: self._label_index(name, pack) for name, pack in row["points"].items()})
-        return Labels(tuple(_boxes(table)), tuple(row["categories"]), row["complete_fov_rad"], point_labels.read)
+        packs = {kind: {name: self._label_index(name, pack) for name, pack in row.get(kind, {}).items()} for kind in layout.LABEL_KINDS}
+        stored = _StoredLabels(self, packs)
+        boxes = tuple(_boxes(table))
+        readers = stored.read_point_labels, stored.read_camera_truth, stored.read_missing_rays
+        return Labels(boxes, tuple(row["categories"]), row["complete_fov_rad"], *readers)
 
     def _label_index(self, name: str, row: Mapping[str, Any]) -> dict[int, tuple[int, int, int, int]]:
-        what = f"{self._what}, labels of {one_line(name)}"
-        columns = self._index(row, layout.LABEL_COLUMNS, what)
+        """By the item's index: stamp, offset, length, crc32 of its label."""
+        columns = self._index(row, layout.LABEL_COLUMNS, f"{self._what}, labels of {one_line(name)}")
         rows = zip(*(columns[key].tolist() for key in ("stamp_ns", "offset", "length", "crc32")), strict=True)
         return dict(zip(columns["index"].tolist(), rows, strict=True))
 
-    def read_point_labels(self, lidar: str, row: tuple[int, int, int, int]) -> PointLabels:
+    def label_record(self, kind: str, sensor: str, row: tuple[int, int, int, int]) -> tuple[bytes, str]:
+        """The bytes of one label, their checksum compared, and what to call them in an error."""
         stamp_ns, offset, length, crc32 = row
-        what = f"{self._what}, labels of {one_line(lidar)} at {stamp_ns}"
-        record = files.read_range(self._entry.folder / self._manifest["labels"]["points"][lidar]["pack"], offset, length)
+        what = f"{self._what}, labels ({kind}) of {one_line(sensor)} at {stamp_ns}"
+        record = files.read_range(self._entry.folder / self._manifest["labels"][kind][sensor]["pack"], offset, length)
         if zlib.crc32(record) != crc32:
             raise files.BadFile(f"{what}: their bytes changed (crc32); restore the file or ingest the log again")
-        return decode_labels(record, stamp_ns, what)
+        return record, what
 
 
 @dataclass(frozen=True, eq=False)
-class _PointLabels:
-    stored: StoredLog
-    rows: Mapping[str, Mapping[int, tuple[int, int, int, int]]]
+class _StoredLabels:
+    """The labels of items: rows by kind, sensor and index."""
 
-    def read(self, lidar: str, index: int) -> PointLabels | None:
-        row = self.rows.get(lidar, {}).get(index)
-        return None if row is None else self.stored.read_point_labels(lidar, row)
+    stored: StoredLog
+    rows: Mapping[str, Mapping[str, Mapping[int, tuple[int, int, int, int]]]]
+
+    def _arrays(self, kind: str, sensor: str, index: int, kinds: tuple[str, ...]) -> list[Array] | None:
+        row = self.rows[kind].get(sensor, {}).get(index)
+        if row is None:
+            return None
+        record, what = self.stored.label_record(kind, sensor, row)
+        return decode_arrays(record, kinds, what)
+
+    def read_point_labels(self, lidar: str, index: int) -> PointLabels | None:
+        row = self.rows["points"].get(lidar, {}).get(index)
+        if row is None:
+            return None
+        record, what = self.stored.label_record("points", lidar, row)
+        return decode_labels(record, row[0], what)
+
+    def read_missing_rays(self, lidar: str, index: int) -> Array | None:
+        found = self._arrays("missing", lidar, index, ("f4:2",))
+        return None if found is None else found[0]
+
+    def read_camera_truth(self, camera: str, index: int) -> tuple[Array, Array] | None:
+        found = self._arrays("truth", camera, index, ("f4:2", "u1:2"))
+        return None if found is None else (found[0], found[1])
 
 
 def _boxes(table: Any) -> Iterator[Box]:

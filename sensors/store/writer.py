@@ -19,7 +19,7 @@ from sensors.errors import UsageError, WmError, one_line
 from sensors.geometry import pose_at
 from sensors.records import Image, Labels, Log, RecordError, Sweep
 from sensors.store import format as layout
-from sensors.store.codec import encode, encode_labels
+from sensors.store.codec import encode, encode_arrays, encode_labels
 
 Array = NDArray[Any]
 
@@ -146,18 +146,19 @@ class _Writer:
         self.new, self.log, self.lossless, self.reference, self.step = new, log, lossless, reference, step
         self.quarantined: list[dict[str, Any]] = []
         self.kept: dict[str, Array] = {}
+        self.labels: Labels | None = None
+        self.label_packs: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in layout.LABEL_KINDS}
 
     def write(self, labels: bool) -> dict[str, Any]:
         log = self.log
+        self.labels = self._read("labels", None, log.open_labels) if labels else None
         lidars = {name: layout.lidar_json(lidar) | self._sweeps(name) for name, lidar in log.lidars.items()}
         cameras = {name: layout.camera_json(camera) | self._images(name) for name, camera in log.cameras.items()}
         if not any(len(stamps) for stamps in self.kept.values()) and (lidars or cameras):
             reason = self.quarantined[0]["reason"] if self.quarantined else "it holds none"
             raise RecordError(f"log {one_line(log.id)}: not one readable sweep or image ({reason})")
-        manifest = layout.log_json(log) | {"lidars": lidars, "cameras": cameras, "labels": None, "frames": self._frames()}
+        manifest = layout.log_json(log) | {"lidars": lidars, "cameras": cameras, "labels": self._labels(), "frames": self._frames()}
         manifest |= {"poses": self._poses(), "measured_speed": self._speed()}
-        if labels:
-            manifest["labels"] = self._labels()
         manifest["reference"] = self.reference and {"path": str(self.reference.path.resolve()), "dataset": self.reference.dataset}
         counts = Counter({key: int(count) for key, count in log.counts.items() if count > 0})
         counts.update(f"{row['sensor']}: unreadable, quarantined" for row in self.quarantined)
@@ -204,7 +205,8 @@ class _Writer:
     ) -> dict[str, Any]:
         """Every readable item of one sensor, one after the other, and their index."""
         stem = f"{kind}-{files.safe_name(name)}"
-        kept = []
+        kept: list[int] = []
+        beside = [_LabelPack(self.new, what, name, encoded) for what, encoded in self._label_readers(kind)]
         out = None if self.reference else self.new.create(f"{stem}.pack")
         for i, stamp in enumerate(stamps.tolist()):
             item = self._read(name, stamp, lambda i=i: read(name, i))  # type: ignore[misc]
@@ -215,10 +217,17 @@ class _Writer:
             record, columns = record_of(item)
             offset = out.append(record) if out else 0
             index.add(stamp_ns=stamp, source_index=i, offset=offset, length=len(record) if out else 0, crc32=zlib.crc32(record), **columns)
+            for pack in beside:
+                # read now: what made the item, a simulator or a decoder, still has it at hand
+                label = self._read("labels", stamp, lambda i=i, pack=pack: pack.read(name, i))  # type: ignore[misc]
+                pack.add(len(kept), stamp, label)
             kept.append(stamp)
         if out:
             out.close()
         self.new.write(f"{stem}.parquet", index.bytes(types))
+        for pack in beside:
+            if row := pack.close():
+                self.label_packs[pack.what][name] = row
         self.kept[name] = np.array(kept, np.int64)
         return {"pack": f"{stem}.pack" if out else None, "index": f"{stem}.parquet"}
 
@@ -265,42 +274,57 @@ class _Writer:
         self.new.write("frames.parquet", layout.table_bytes(table, types))
         return "frames.parquet"
 
+    def _label_readers(self, kind: str) -> list[tuple[str, Callable[[str, int], bytes | None]]]:
+        """For the sensors of a kind: what sort of label there may be, and a function of (sensor, index) that gives its record."""
+        labels = self.labels
+        if labels is None:
+            return []
+
+        def points(name: str, index: int) -> bytes | None:
+            found = labels.read_point_labels(name, index)
+            return None if found is None else encode_labels(found)
+
+        def missing(name: str, index: int) -> bytes | None:
+            found = labels.read_missing_rays(name, index)
+            return None if found is None else encode_arrays([np.asarray(found, np.float32)])
+
+        def truth(name: str, index: int) -> bytes | None:
+            found = labels.read_camera_truth(name, index)
+            return None if found is None else encode_arrays([np.asarray(found[0], np.float32), np.asarray(found[1], np.uint8)])
+
+        return [("points", points), ("missing", missing)] if kind == "lidar" else [("truth", truth)]
+
     def _labels(self) -> dict[str, Any] | None:
-        labels: Labels | None = self._read("labels", None, self.log.open_labels)
+        labels = self.labels
         if labels is None:
             return None
         self.new.write("labels/boxes.parquet", _box_table(labels))
-        points = {}
-        for name in self.log.lidars:
-            if row := self._point_labels(labels, name):
-                points[name] = row
-        return {
-            "boxes": "labels/boxes.parquet",
-            "box_count": len(labels.boxes),
-            "categories": list(labels.categories),
-            "complete_fov_rad": float(labels.complete_fov_rad),
-            "points": points,
-        }
+        about = {"boxes": "labels/boxes.parquet", "box_count": len(labels.boxes), "categories": list(labels.categories)}
+        return about | {"complete_fov_rad": float(labels.complete_fov_rad)} | self.label_packs
 
-    def _point_labels(self, labels: Labels, name: str) -> dict[str, Any] | None:
-        """Labels of the points of one LiDAR; `index` in their table is that of the stored sweep."""
-        index, records = _Index(), []
-        sources = {int(stamp): i for i, stamp in enumerate(self.log.sweep_stamps_ns[name].tolist())}
-        offset = 0
-        for place, stamp in enumerate(self.kept[name].tolist()):
-            found = self._read("labels", stamp, lambda stamp=stamp: labels.read_point_labels(name, sources[stamp]))  # type: ignore[misc]
-            if found is None:
-                continue
-            record = encode_labels(found)
-            records.append(record)
-            index.add(index=place, stamp_ns=stamp, offset=offset, length=len(record), crc32=zlib.crc32(record))
-            offset += len(record)
-        if not records:
+
+class _LabelPack:
+    """The labels of one sensor's items, in a pack that is made when there is a first one."""
+
+    def __init__(self, new: files.NewFolder, what: str, sensor: str, read: Callable[[str, int], bytes | None]) -> None:
+        self.new, self.what, self.read = new, what, read
+        self.stem = f"labels/{what}-{files.safe_name(sensor)}"
+        self.index = _Index()
+        self.out: files.Output | None = None
+
+    def add(self, place: int, stamp: int, record: bytes | None) -> None:
+        """The label of the item that is stored at `place`."""
+        if record is not None:
+            self.out = self.out or self.new.create(f"{self.stem}.pack")
+            offset = self.out.append(record)
+            self.index.add(index=place, stamp_ns=stamp, offset=offset, length=len(record), crc32=zlib.crc32(record))
+
+    def close(self) -> dict[str, Any] | None:
+        if self.out is None:
             return None
-        stem = f"labels/points-{files.safe_name(name)}"
-        self.new.write(f"{stem}.pack", b"".join(records))
-        self.new.write(f"{stem}.parquet", index.bytes(layout.LABEL_COLUMNS))
-        return {"pack": f"{stem}.pack", "index": f"{stem}.parquet", "sweeps": len(records)}
+        self.out.close()
+        self.new.write(f"{self.stem}.parquet", self.index.bytes(layout.LABEL_COLUMNS))
+        return {"pack": f"{self.stem}.pack", "index": f"{self.stem}.parquet"}
 
 
 def reference_bytes(sweep: Sweep) -> bytes:

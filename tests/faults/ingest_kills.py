@@ -9,8 +9,10 @@ something that the next run does not clear away.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,17 +36,15 @@ def killed_run(args: argparse.Namespace, store: Path, after_s: float) -> bool:
     try:
         process.wait(after_s)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return True
     return False
 
 
-def settled(store: Path) -> Store | None:
-    """The store once orphaned workers have ended; None where there is not even its mark yet."""
-    if not (store / "store.json").is_file():
-        return None
-    return open_store(store)
+def opened_after(store: Path) -> Store | None:
+    """What a reader finds; None where there is not even the mark of a store yet."""
+    return open_store(store) if (store / "store.json").is_file() else None
 
 
 def main() -> int:
@@ -60,7 +60,9 @@ def main() -> int:
     rng = random.Random(args.seed)
     try:
         start = time.monotonic()
-        subprocess.run(command(args, place / "unbroken"), check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # 3: finished, with items in quarantine
+        if subprocess.run(command(args, place / "unbroken"), stdout=subprocess.DEVNULL).returncode not in (0, 3):
+            return 1
         whole_s = time.monotonic() - start
         whole = digests(open_store(place / "unbroken"))
         kills, rounds, problems = 0, 0, []
@@ -70,7 +72,7 @@ def main() -> int:
             # early instants are the interesting ones when a run has few logs, so runs end anywhere up to the whole time
             over = not killed_run(args, store, rng.uniform(0.05, 1.0) * whole_s)
             kills += not over
-            opened = settled(store)
+            opened = opened_after(store)
             found = {} if opened is None else digests(opened)
             seen["nothing yet" if not found else "all logs" if found == whole else "some logs"] += not over
             problems += [] if opened is None else opened.verify(deep=True)

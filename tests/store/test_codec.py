@@ -190,3 +190,29 @@ def test_point_labels_come_back():
     for length in range(len(record)):
         with pytest.raises(codec.CodecError):
             codec.decode_labels(record[:length], 5)
+
+
+def test_arrays_come_back_and_only_as_what_was_asked_for():
+    arrays = [np.array([[1.5, np.inf, -0.0]], np.float32), np.zeros((0, 3), np.uint8), np.arange(6, dtype=np.int32).reshape(1, 2, 3)]
+    record, kinds = codec.encode_arrays(arrays), ["f4:2", "u1:2", "i4:3"]
+    for got, meant in zip(codec.decode_arrays(record, kinds), arrays, strict=True):
+        assert got.dtype == meant.dtype and got.shape == meant.shape and got.tobytes() == meant.tobytes()
+    for length in range(len(record)):
+        with pytest.raises(codec.CodecError):
+            codec.decode_arrays(record[:length], kinds)
+    for other in (["f4:2"], ["f4:1", "u1:2", "i4:3"], ["u1:2", "u1:2", "i4:3"]):
+        with pytest.raises(codec.CodecError, match="not "):
+            codec.decode_arrays(record, other)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_any_changed_byte_of_arrays_is_an_error_or_arrays_but_never_a_crash(data):
+    record = bytearray(codec.encode_arrays([np.ones((4, 5), np.float32), np.ones((4, 5), np.uint8)]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        record[data.draw(st.integers(0, len(record) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        found = codec.decode_arrays(bytes(record), ["f4:2", "u1:2"])
+    except codec.CodecError:
+        return
+    assert [array.ndim for array in found] == [2, 2]

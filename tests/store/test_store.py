@@ -42,7 +42,13 @@ class Recording:
 
     def open_labels(self):
         boxes = [Box(self.stamps[0], "1", "car", [5, 0, 1], [4, 2, 1.5], 0.5, [1, 2], 7), Box(self.stamps[2], "2", "bus", [9, 1, 1], [8, 2, 3], -3)]
-        return Labels(tuple(boxes), ("car", "bus"), 0.7, self.point_labels)
+        return Labels(tuple(boxes), ("car", "bus"), 0.7, self.point_labels, self.truth, self.missing)
+
+    def truth(self, camera, index):
+        return (np.full((3, 4), np.inf if index == 1 else 7.5), np.arange(12).reshape(3, 4) + index) if camera == "front" else None
+
+    def missing(self, lidar, index):
+        return np.eye(3)[: index - 1 if index else 1] if lidar == "top" else None
 
     def point_labels(self, lidar, index):
         count = 50 + index
@@ -120,6 +126,10 @@ def test_labels_lie_apart_and_come_back_in_the_order_of_the_points(tmp_path, log
         "labels/boxes.parquet",
         "labels/points-top.pack",
         "labels/points-top.parquet",
+        "labels/missing-top.pack",
+        "labels/missing-top.parquet",
+        "labels/truth-front.pack",
+        "labels/truth-front.parquet",
     }
     store = open_store(tmp_path / "s")
     labels = pickle.loads(pickle.dumps(store.open_log("made-up/log").open_labels()))
@@ -131,6 +141,10 @@ def test_labels_lie_apart_and_come_back_in_the_order_of_the_points(tmp_path, log
         assert (got.velocity is None) == (box.velocity is None)
     assert labels.categories == ("car", "bus") and labels.complete_fov_rad == 0.7
     assert labels.read_point_labels("top", 1).instance.tolist() == meant.read_point_labels("top", 2).instance.tolist()
+    assert labels.read_missing_rays("top", 0).tolist() == [[1, 0, 0]] and labels.read_missing_rays("top", 1).shape == (1, 3)
+    assert labels.read_missing_rays("../side", 0) is None and labels.read_camera_truth("front", 9) is None
+    depth, category = labels.read_camera_truth("front", 0)
+    assert depth.dtype == np.float32 and np.isinf(depth).all() and category.tolist() == (np.arange(12).reshape(3, 4) + 1).tolist()
     assert labels.read_point_labels("../side", 0) is None and labels.read_point_labels("top", 2) is None
     shutil.rmtree(store.data_folder("made-up/log") / "labels")
     with pytest.raises(files.BadFile, match="labels"):
@@ -327,7 +341,7 @@ ENTRY = {"path": "a", "bytes": 0, "sha256": "0" * 64}
     {"lidars": []}, {"lidars": {"top": {}}}, {"counts": {"a": -1}}, {"folder": "../other"}, {"folder": "/etc"}, {"folder": "000001-absent"},
     {"folder": "a/b"}, {"files": {}}, {"files": [ENTRY] * 2}, {"files": [ENTRY | {"path": "../x"}]}, {"files": [ENTRY | {"path": "/etc/passwd"}]},
     {"files": [ENTRY | {"bytes": -1}]}, {"files": [ENTRY | {"bytes": 1.5}]}, {"files": [ENTRY | {"sha256": "0" * 40}]},
-    {"files": [ENTRY | {"mode": 7}]}, {"files": []}, {"poses": "../../x"}, {"quarantined": [{"sensor": 1}]}, {"labels": {"boxes": "x"}},
+    {"files": [ENTRY | {"mode": 7}]}, {"files": []}, {"poses": "../../x"}, {"quarantined": [{"sensor": 1}]}, {"labels": {"boxes": "x"}}, {"labels": "x"},
     {"frames": "nowhere.parquet"}, {"pose_source": "guess"}, {"notes": "text"},
 ])  # fmt: skip
 def test_a_manifest_that_lies_is_refused_in_one_line(small, changes):

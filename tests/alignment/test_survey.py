@@ -1,0 +1,59 @@
+"""A look at payloads: what is broken is counted, what is thin is told, and bad poses are measured."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sensors.alignment.survey import pair_indices, spread, survey
+from sensors.geometry import from_rotation_translation
+from tests.alignment.conftest import make_log, trajectory_of
+
+
+def with_poses(log, speed_error=0.0):
+    return dataclasses.replace(log, poses=trajectory_of(log, lambda t: from_rotation_translation(np.eye(3), (speed_error * t, 0, 0))))
+
+
+def test_true_poses_have_nothing_to_correct_and_slow_ones_are_measured():
+    log = make_log(13)
+    good, slow = survey(with_poses(log)), survey(with_poses(log, -0.35))
+    assert len(good.pairs) == len(slow.pairs) == 4 and all(pair.registered for pair in good.pairs + slow.pairs)
+    assert max(pair.moved_m for pair in good.pairs) < 0.03 and good.warnings == ()
+    for pair in slow.pairs:
+        assert pair.moved_m == pytest.approx(0.35e-9 * (pair.to_ns - pair.from_ns), abs=0.03)
+    assert all(pair.registered_m < pair.median_m for pair in slow.pairs)
+    assert any("0.35 m" in line and "refined" in line for line in slow.warnings)
+
+
+def test_unreadable_and_thin_sweeps_are_told():
+    log = make_log(6, broken=(2,))
+    whole = log.read_sweep
+
+    def thin(lidar, index):
+        sweep = whole(lidar, index)
+        front = sweep.points[:, 0] > 8 if index == 4 else np.ones(len(sweep.points), bool)
+        return dataclasses.replace(sweep, points=sweep.points[front], intensity=sweep.intensity[front])
+
+    found = survey(dataclasses.replace(log, read_sweep=thin))
+    samples = found.sweeps["top"]
+    assert samples.unreadable == 1 and len(samples.stamps_ns) == len(samples.points) == 5
+    assert any("1 of 6 sampled sweeps cannot be read" in line for line in found.warnings)
+    assert any("less than half the usual points" in line for line in found.warnings)
+    assert any("less of the surroundings" in line for line in found.warnings)
+    assert found.pairs == ()
+    assert found.as_json()["sweeps"]["top"]["unreadable"] == 1
+
+
+def test_what_points_carry_is_reported():
+    assert survey(make_log(2, rolling=True)).sweeps["top"].time_per_point
+    assert not survey(make_log(2)).sweeps["top"].time_per_point
+    nothing = survey(make_log(2, broken=(0, 1))).sweeps["top"]
+    assert nothing.unreadable == 2 and not (nothing.time_per_point or nothing.rings or nothing.deskewed)
+
+
+def test_samples_are_spread_and_pairs_lie_a_second_apart():
+    assert spread(0, 5).tolist() == [] and spread(3, 5).tolist() == [0, 1, 2] and spread(101, 3).tolist() == [0, 50, 100]
+    log = with_poses(make_log(60))
+    pairs = pair_indices(log)
+    assert len(pairs) == 6 and all(9 <= b - a <= 10 for a, b in pairs) and pairs[0][0] == 0 and pairs[-1][1] == 59
+    assert pair_indices(make_log(60)) == [] and pair_indices(with_poses(make_log(5))) == []
