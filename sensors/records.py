@@ -273,6 +273,11 @@ class Labels:
     read_missing_rays: Callable[[str, int], Array | None] = lambda lidar, index: None
 
 
+def no_labels() -> Labels | None:
+    """What a log without labels has for `open_labels`: by name, so that the log can be pickled."""
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Log:
     """One recording, with lazy access to its payloads; adapters, the simulator and the store all give this.
@@ -297,7 +302,7 @@ class Log:
     image_stamps_ns: Mapping[str, Array]
     read_sweep: Callable[[str, int], Sweep]
     read_image: Callable[[str, int], Image]
-    open_labels: Callable[[], Labels | None] = lambda: None
+    open_labels: Callable[[], Labels | None] = no_labels
     stamps: str = "recorded"
     measured_speed: tuple[Array, Array] | None = None
     intensity_scale: float = 1.0

@@ -65,6 +65,7 @@ def test_every_log_is_stored_once_and_the_second_run_filters_all(tmp_path, raw):
     assert (again.seen, again.stored, again.already, again.exit_code) == (3, 0, 3, 0) and content(tmp_path / "s") == before
 
 
+@pytest.mark.slow
 def test_workers_give_what_one_process_gives(tmp_path, raw):
     shutil.rmtree(drive(raw, 2) / "velodyne_points")
     ours, theirs = ingest([raw], tmp_path / "one"), ingest([raw], tmp_path / "two", workers=2)
@@ -230,6 +231,7 @@ def wait_for(path, process):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_sigterm_ends_with_130_and_the_next_run_completes(tmp_path, raw, workers):
     ingest([raw], tmp_path / "whole")
@@ -246,6 +248,7 @@ def test_sigterm_ends_with_130_and_the_next_run_completes(tmp_path, raw, workers
     assert content(tmp_path / "whole").items() <= content(tmp_path / "s").items()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_its_log_and_the_rest_is_stored(tmp_path, raw):
     code = f"""
 import os, signal, sys

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sensors.records import Log
 
-HELP = "one page on a store or raw log: timelines, skews, gaps, trajectory, LiDAR over image"
+HELP = "see on one page whether to trust a store or raw log: timelines, skews, gaps, trajectory, LiDAR over image"
 
 # logs whose payloads are looked at, and logs that are opened at all
 IN_FULL, OPENED = 6, 2000
@@ -17,7 +17,7 @@ IN_FULL, OPENED = 6, 2000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", type=Path, help="a store, or recordings as `wm ingest` takes them")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the page (default check.html; with --json none)")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the page (default: check.html; with --json none)")
     parser.add_argument("--dataset", metavar="NAME", help="which adapter reads a raw log (guessed where only one can)")
     parser.add_argument(
         "--log", action="append", default=[], metavar="ID", help=f"show this log in full; may be repeated (default: the first {IN_FULL})"

@@ -8,11 +8,13 @@ HELP = "simulate, learn, forecast, measure, probe and export in ten minutes; end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", default="demo", help="the folder to make (default: demo)")
-    parser.add_argument("--logs", nargs="+", default=[], help="recordings of your own to use as well")
-    parser.add_argument("--config", default="demo", help="an overlay for the training (default: demo)")
-    parser.add_argument("--streets", type=int, default=None, help="simulated logs to train on")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("-o", "--output", metavar="DIR", default="demo", help="the folder to make (default: %(default)s)")
+    parser.add_argument("--logs", nargs="+", metavar="LOG", default=[], help="recordings of your own to train and test on as well")
+    parser.add_argument("--config", metavar="NAME", default="demo", help="configuration to train with, a name or a YAML file (default: %(default)s)")
+    parser.add_argument(
+        "--streets", metavar="N", type=int, default=None, help="try it on so many simulated streets, with less of everything else too"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,8 +23,9 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from worldmodel.demo import Size, demo
     from worldmodel.tools.terminal import print_json, reporter
+
+    from worldmodel.demo import Size, demo
 
     size = dataclasses.replace(
         Size(), config=args.config, **({} if args.streets is None else {"train_logs": args.streets, "test_logs": 2, "clips": 2})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HELP = "what works on this machine, and how to get the rest"
+HELP = "say what works on this machine, and how to get the rest"
 
 DISTRIBUTION = "driving-worldmodel"
 # shared library, the Debian package that brings it, who needs it

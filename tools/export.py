@@ -8,11 +8,17 @@ HELP = "hand the encoder of a run over to other code, with proof that all of it 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="a run folder")
-    parser.add_argument("--to", default="torch", help="the target (default: torch)")
-    parser.add_argument("-o", "--output", default=None, help="the folder to make (default: RUN/export-TARGET)")
-    parser.add_argument("--data", nargs="*", default=[], help="stores to take the stored sample cloud from")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("run", metavar="RUN", help="a run folder of `wm pretrain`")
+    parser.add_argument("--to", metavar="TARGET", default="torch", help="what it is for (default: %(default)s)")
+    parser.add_argument("-o", "--output", metavar="DIR", default=None, help="the folder to make (default: RUN/export-TARGET)")
+    parser.add_argument(
+        "--data",
+        nargs="*",
+        metavar="D",
+        default=[],
+        help="stores or YAML files to take the cloud from that the proof is made on (default: a made-up one)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,16 +8,24 @@ HELP = "train a labelled task from a run's encoder, beside scratch and frozen en
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", required=True, dest="source", metavar="RUN", help="a run folder")
-    parser.add_argument("--data", required=True, nargs="+", help="stores or YAML files with labelled logs to train on")
-    parser.add_argument("--test", nargs="+", default=None, help="stores or YAML files to test on (default: a quarter of the logs of --data)")
-    parser.add_argument("--task", default="bev_segmentation", help="the task (default: bev_segmentation)")
-    parser.add_argument("--arms", nargs="+", default=None, help="scratch pretrained pretrained_frozen random_frozen (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
-    parser.add_argument("--fractions", type=float, nargs="+", default=[1.0], help="shares of the training logs, e.g. 0.02 1.0")
-    parser.add_argument("--steps", type=int, default=None, help="most steps of an arm")
-    parser.add_argument("--output", "-o", default=None, help="a JSON file for every result with its curve")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--from", required=True, dest="source", metavar="RUN", help="a run folder of `wm pretrain`")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="D", help="stores, or YAML files of parts of stores, with labelled logs to train on"
+    )
+    parser.add_argument("--test", nargs="+", metavar="D", default=None, help="the same to test on (default: a quarter of the logs of --data)")
+    parser.add_argument("--task", metavar="NAME", default="bev_segmentation", help="what to learn (default: %(default)s: vehicles seen from above)")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", default=None, help="of scratch, pretrained, pretrained_frozen, random_frozen (default: all)"
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="how many seeds (default: %(default)s)")
+    parser.add_argument(
+        "--fractions", metavar="F", type=float, nargs="+", default=[1.0], help="shares of the training logs, e.g. 0.02 1.0 (default: 1.0)"
+    )
+    parser.add_argument(
+        "--steps", metavar="N", type=int, default=None, help="at most so many steps an arm (default: until it stops improving, at most 900)"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", default=None, help="write every result with its curve, as JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.task}: IoU on {len({p.log.id for p in test})} test logs, mean over seeds",
         ["labels", "arm", "logs", "frames", "IoU", "std", "minus scratch", "std", "steps"],
         [(f"{r['fraction']:.0%}", r["arm"], r["logs"], r["frames"], f"{r['iou_mean']:.3f}", "" if r["iou_std"] is None else f"{r['iou_std']:.3f}",
-          number(r["minus_scratch"]), "" if r["minus_scratch_std"] is None else f"{r['minus_scratch_std']:.3f}", f"{r['steps_mean']:.0f}") for r in rows],
+          number(r["minus_scratch"]), "" if r["minus_scratch_std"] is None else f"{r['minus_scratch_std']:.3f}",
+          f"{r['steps_mean']:.0f}") for r in rows],
     )  # fmt: skip
     return 0

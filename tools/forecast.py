@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "truth, forecast and best baseline of a clip, as a page that plays, a GIF, clouds and arrays"
+HELP = "draw truth, forecast and best baseline of a clip: a page that plays, a GIF, clouds, arrays"
 FORMATS = ("html", "gif", "ply", "npz")
 
 
@@ -13,14 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", metavar="ID", help="LOG@STAMP_NS of its t = 0 (default: the first clip; --list shows all)")
     parser.add_argument("--data", nargs="+", metavar="D", help="stores, or YAML files of parts of stores (default: those of the run)")
     parser.add_argument("-o", "--output", metavar="DIR", help="the folder to make (default: RUN/forecasts/CLIP)")
-    parser.add_argument("--formats", default=",".join(FORMATS), help="any of %(default)s, separated by commas")
+    parser.add_argument("--formats", metavar="LIST", default=",".join(FORMATS), help="any of %(default)s, separated by commas")
     parser.add_argument("--hide-sector", type=float, metavar="DEG", help="withhold a sector this wide, straight ahead, and draw what is filled in")
     parser.add_argument("--rays", type=int, default=40000, metavar="N", help="rays an instant, drawn at random (default: %(default)s; 0: all)")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a checkpoint's name (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--checkpoint", metavar="NAME", default="best", help="best, latest or a checkpoint's name (default: %(default)s)")
+    parser.add_argument("--device", metavar="DEV", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the clips of the data and stop")
     parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier forecast")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from sensors.records import Log
 
-HELP = "what is inside a store or a raw log"
+HELP = "list what is inside a store or a raw log"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "store raw logs: clean, synchronized, resumable"
+HELP = "turn raw logs into a store: clean, synchronized, resumable"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,10 +13,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", type=Path, help="the store; made if it is not there")
     parser.add_argument("--dataset", metavar="NAME", help="which adapter reads the sources (guessed where only one can)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of that adapter; may be repeated")
-    parser.add_argument("--poses", choices=("log", "odometry", "refined"), default="log", help="log: its own, odometry where it has none (default)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="logs read at the same time")
-    parser.add_argument("--shard-index", type=int, default=0, metavar="I", help="take this share of the logs")
-    parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="of so many shares")
+    parser.add_argument(
+        "--poses",
+        choices=("log", "odometry", "refined"),
+        default="log",
+        help="log: its own, odometry where it has none (default); odometry: from its sweeps; refined: registration that starts from its own",
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="logs read at the same time (default: %(default)s)")
+    parser.add_argument(
+        "--shard-index", type=int, default=0, metavar="I", help="take this one of --num-shards shares of the logs, from 0 on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-shards", type=int, default=1, metavar="N", help="shares that the logs are divided into, for several machines (default: %(default)s)"
+    )
     parser.add_argument("--reference", action="store_true", help="refer to the original files instead of copying them")
     parser.add_argument("--lossless", action="store_true", help="keep coordinates to the bit (default: within 2.1 mm)")
     parser.add_argument("--overwrite", action="store_true", help="store again what is stored already, as the next generation")

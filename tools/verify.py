@@ -9,8 +9,8 @@ HELP = "read an export as its target would and compare what comes out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="a folder made by `wm export`")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("folder", metavar="DIR", help="a folder made by `wm export`")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def show(folder: str, report: dict[str, Any]) -> None:

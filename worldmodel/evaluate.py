@@ -1,8 +1,9 @@
 """Evaluation: a model's arms and every baseline on the same rays of the same clips, as rows of a table.
 
 Protocol `native`: 5 past sweeps at 5 Hz, 5 future ones (0.2 .. 1.0 s), t = 0 at every fifth sweep of a 10 Hz log, the earliest with a full
-past first; `native3`: the same past, 0.6 .. 3.0 s. Truth are the returns at 2..56 m from the future sensor, the ego vehicle's own removed, RAYS_PER_SWEEP of them drawn by (seed, log, stamp), the same
-for every method. That a return exists on a ray is known; where it lies is asked. How answers are scored: `worldmodel.metrics`.
+past first; `native3`: the same past, 0.6 .. 3.0 s. Truth are the returns at 2..56 m from the future sensor, the ego vehicle's own removed,
+RAYS_PER_SWEEP of them drawn by (seed, log, stamp), the same for every method. That a return exists on a ray is known; where it lies is
+asked. How answers are scored: `worldmodel.metrics`.
 
 Subsets of rays: `all`; `moving`, the true return lies in a box, grown by 0.2 m, whose speed in the world over 1 s exceeds 1 m/s; `static`,
 in no such box; `vacated`, the ray crosses the place of such a box at t = 0 on its way to the return and does not end on a mover (these

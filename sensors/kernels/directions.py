@@ -21,7 +21,7 @@ AZIMUTH_CELLS = 1024
 ELEVATION_STEP_RAD = float(np.deg2rad(0.5))
 # half-width of the quadrant search, in cells: +-0.9 deg of azimuth and +-2.5 elevation steps
 REACH = 2
-MAX_RINGS = 24
+MAX_RINGS = 8
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -58,28 +58,13 @@ def _sort_into_cells(points, pose, n_elevation, step_elevation):
     s_azimuth = np.empty(kept, np.float32)
     s_elevation = np.empty(kept, np.float32)
     s_radius = np.empty(kept, np.float32)
-    s_unit = np.empty((3, kept), np.float32)
     fill = start[:-1].copy()
     for i in range(n):
         if cell[i] >= 0:
             at = fill[cell[i]]
             fill[cell[i]] = at + 1
             order[at], s_azimuth[at], s_elevation[at], s_radius[at] = i, azimuth[i], elevation[i], radius[i]
-            flat = np.cos(elevation[i])
-            s_unit[0, at], s_unit[1, at], s_unit[2, at] = flat * np.cos(azimuth[i]), flat * np.sin(azimuth[i]), np.sin(elevation[i])
-    return start, order, s_azimuth, s_elevation, s_radius, s_unit
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
-def _most_aligned(unit, x, y, z):
-    """Row of unit vectors (3,N) with the largest dot product with (x, y, z)."""
-    best = np.float32(-3)
-    for at in range(unit.shape[1]):
-        best = max(best, x * unit[0, at] + y * unit[1, at] + z * unit[2, at])
-    for at in range(unit.shape[1]):
-        if x * unit[0, at] + y * unit[1, at] + z * unit[2, at] >= best:
-            return at
-    return -1
+    return start, order, s_azimuth, s_elevation, s_radius
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -101,9 +86,42 @@ def _chord2(azimuth_a, elevation_a, azimuth_b, elevation_b):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _nearest(directions, start, order, azimuth, elevation, radius, unit, n_elevation, step_elevation, out_range, out_angle, out_index):
+def _columns_within(chord2, cos_e):
+    """How many columns away from its own a point within the chord of a ray, at the cosine of the ray's elevation, can be."""
+    sine = 2 * np.sqrt(chord2 * max(1 - chord2, 0.0))
+    if chord2 >= 0.5 or sine >= cos_e:
+        return AZIMUTH_CELLS // 2
+    return min(int(np.arcsin(sine / cos_e) * 1.001 * AZIMUTH_CELLS / (2 * np.pi)) + 2, AZIMUTH_CELLS // 2)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _nearest_by_rows(a, e, row, column, start, order, azimuth, elevation, n_elevation, step_elevation, best, best_at):
+    """The search of `_nearest` where nothing is close by: row by row away from the ray's, in each row outwards past the empty cells, until
+    the row, or the meridian, is farther than the best so far."""
+    widest = _columns_within(best, np.cos(e)) if best_at >= 0 else AZIMUTH_CELLS // 2
+    for away in range(n_elevation):
+        if best_at >= 0 and best <= np.sin(np.float32(max(away - 1, 0)) * np.float32(step_elevation) * np.float32(0.5)) ** 2:
+            break
+        for side in range(2 if away else 1):
+            r = row - away if side else row + away
+            if r < 0 or r >= n_elevation or start[r * AZIMUTH_CELLS] == start[(r + 1) * AZIMUTH_CELLS]:
+                continue
+            off = 0
+            while off <= widest:
+                for hand in range(2 if off else 1):
+                    c = r * AZIMUTH_CELLS + (column - off if hand else column + off) % AZIMUTH_CELLS
+                    for at in range(start[c], start[c + 1]):
+                        d = _chord2(a, e, azimuth[at], elevation[at])
+                        if d < best or (d == best and order[at] < order[best_at]):
+                            best, best_at = d, at
+                            widest = _columns_within(best, np.cos(e))
+                off += 1
+    return best, best_at
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _nearest(directions, start, order, azimuth, elevation, radius, n_elevation, step_elevation, out_range, out_angle, out_index):
     step_azimuth = np.float32(2 * np.pi / AZIMUTH_CELLS)
-    kept = order.shape[0]
     for i in range(directions.shape[0]):
         x, y, z = directions[i, 0], directions[i, 1], directions[i, 2]
         a = np.float32(np.arctan2(y, x))
@@ -134,9 +152,7 @@ def _nearest(directions, start, order, azimuth, elevation, radius, unit, n_eleva
                 break
             ring += 1
         if ring > MAX_RINGS:
-            # nothing for many degrees around: here float32 dot products tell neighbours apart
-            best_at = _most_aligned(unit, np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)) if kept else -1
-            best = _chord2(a, e, azimuth[best_at], elevation[best_at]) if kept else np.float32(np.inf)
+            best, best_at = _nearest_by_rows(a, e, row, column, start, order, azimuth, elevation, n_elevation, step_elevation, best, best_at)
         if best_at >= 0:
             out_range[i] = radius[best_at]
             out_angle[i] = np.float32(2) * np.arcsin(min(np.sqrt(best), np.float32(1)))

@@ -31,6 +31,7 @@ TOP_SPEED_MPS = 22.0
 BOXED_M = 120.0
 MOVING_MPS = 0.2
 KEPT_SWEEPS = 2
+KEPT_TRUTHS = 160  # a few hundred kilobytes each; whoever stores a log asks for them after the payloads
 
 
 def simulate(
@@ -88,9 +89,10 @@ class _Simulation:
             notes=(f"{self.street.style} street, {len(self.street.junctions)} junctions, {len(self.traffic.actors)} road users",),
         )
         self._recent: dict[int, Measurement] = {}
+        self._truths: dict[tuple[str, int], tuple[Array, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "scene"} | {"_recent": {}}
+        return {k: v for k, v in self.__dict__.items() if k != "scene"} | {"_recent": {}, "_truths": {}}
 
     @cached_property
     def scene(self) -> Scene:
@@ -110,41 +112,58 @@ class _Simulation:
             while len(self._recent) >= KEPT_SWEEPS:
                 self._recent.pop(next(iter(self._recent)))
             self._recent[index] = found
+            self._keep((lidar, index), (found.category, found.instance.astype(np.int16), found.missing))
         return self._recent[index]
+
+    def _keep(self, key: tuple[str, int], truth: tuple[Array, ...]) -> None:
+        while len(self._truths) >= KEPT_TRUTHS:
+            self._truths.pop(next(iter(self._truths)))
+        self._truths[key] = truth
+
+    def _scanned(self, lidar: str, index: int) -> tuple[Array, ...]:
+        """category (N,), instance (N,), missing (M,3) of a sweep."""
+        if (lidar, index) not in self._truths:
+            self._recent.pop(index, None)
+            self._measure(lidar, index)
+        return self._truths[lidar, index]
 
     def read_sweep(self, lidar: str, index: int) -> Sweep:
         m = self._measure(lidar, index)
         return Sweep(lidar, int(self.stamps[index]), m.points, m.intensity, m.ring, m.time_ns)
 
     def read_image(self, camera: str, index: int) -> Image:
-        picture, _, _ = self._picture(camera, index)
+        picture = self._picture(camera, index)
         record = self.cameras[camera]
         return Image(camera, int(self.image_stamps[camera][index]), cameras_module.encode(picture), record.width, record.height)
 
-    def _picture(self, camera: str, index: int) -> tuple[Array, Array, Array]:
+    def _picture(self, camera: str, index: int) -> Array:
         if camera not in self.cameras or not 0 <= index < len(self.stamps):
             there = f"{len(self.stamps)} of {', '.join(self.cameras)}" if self.cameras else "no cameras"
             raise RecordError(f"{self.log.id}: no image {index} of {camera}; there are {there}")
         stamp = self.image_stamps[camera][index]
         world_from_camera = pose_at(self.trajectory, stamp)[0] @ self.cameras[camera].ego_from_camera
-        return cameras_module.render(self.scene, self.cameras[camera], world_from_camera, float(self._seconds(stamp)))
+        picture, depth, category = cameras_module.render(self.scene, self.cameras[camera], world_from_camera, float(self._seconds(stamp)))
+        self._keep((camera, index), (depth, category))
+        return picture
 
     def open_labels(self) -> Labels:
         """Boxes of everything on wheels or feet within 120 m at every sweep's stamp, in front of what hides it or behind."""
         return Labels(tuple(self._boxes()), CATEGORIES, np.pi, self.read_point_labels, self.read_camera_truth, self.read_missing_rays)
 
     def read_point_labels(self, lidar: str, index: int) -> PointLabels:
-        m = self._measure(lidar, index)
+        category, instance, _ = self._scanned(lidar, index)
         speed = np.array([float(a.at(self._seconds(self.stamps[index]))[5]) for a in self.traffic.actors] + [0.0])
-        which = np.where(m.instance >= FIRST_MOVER, m.instance - FIRST_MOVER, -1)
-        return PointLabels(int(self.stamps[index]), m.category, m.instance, speed[which] > MOVING_MPS)
+        which = np.where(instance >= FIRST_MOVER, instance - FIRST_MOVER, -1)
+        return PointLabels(int(self.stamps[index]), category, instance, speed[which] > MOVING_MPS)
 
     def read_camera_truth(self, camera: str, index: int) -> tuple[Array, Array]:
-        _, depth, category = self._picture(camera, index)
+        if (camera, index) not in self._truths:
+            self._picture(camera, index)
+        depth, category = self._truths[camera, index]
         return depth, category
 
     def read_missing_rays(self, lidar: str, index: int) -> Array:
-        return self._measure(lidar, index).missing
+        return self._scanned(lidar, index)[2]
 
     def _boxes(self) -> list[Box]:
         boxes = []

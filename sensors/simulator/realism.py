@@ -143,7 +143,9 @@ def _shrink(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sensors.simulator.realism", description="Recorded beside simulated sweeps, in figures and a picture.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sensors.simulator.realism", description="Recorded beside simulated sweeps, in figures and a picture."
+    )
     parser.add_argument("--real", type=Path, required=True, metavar="PATH", help="KITTI raw drives")
     parser.add_argument("--out", type=Path, required=True, metavar="FIGURE.png", help="where the picture goes")
     parser.add_argument("--logs", type=int, default=16, metavar="N", help="simulated logs (default 16)")
@@ -157,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = [simulate(args.seed + i) for i in range(args.logs)]
     rows = [[likeness(log, every=13) for log in logs] for logs in (real, made)]
     print(table([*rows[0], *rows[1]]))
-    shown = [("recorded: " + log.id.removeprefix("kitti_raw/"), log) for log in real[:1]] + [("simulated: seed " + str(args.seed + i), made[i]) for i in (0, 1)]
+    shown = [("recorded: " + log.id.removeprefix("kitti_raw/"), log) for log in real[:1]] + [
+        ("simulated: seed " + str(args.seed + i), made[i]) for i in (0, 1)
+    ]
     draw(rows[0], rows[1], [(title, log.read_sweep(log.reference_lidar, 20).points) for title, log in shown], args.out)
     return 0
 

@@ -90,6 +90,11 @@ class Road:
         return -direction * self.lane_width * (lane + 0.5)
 
     @cached_property
+    def bounds(self) -> tuple[Array, Array]:
+        """Least and greatest x and y of the centre line."""
+        return self.centre.min(0), self.centre.max(0)
+
+    @cached_property
     def _tree(self) -> Any:
         from scipy.spatial import cKDTree
 
@@ -165,7 +170,10 @@ class Street:
         n = len(points)
         best, road = np.full(n, 1e3), np.full(n, -1)
         s, u, on = np.zeros(n), np.full(n, 1e3), np.zeros(n, np.int64)
+        low, high = (points.min(0) - reach, points.max(0) + reach) if n else (np.zeros(2), np.zeros(2))
         for index, r in enumerate(self.roads):
+            if (r.bounds[0] > high).any() or (r.bounds[1] < low).any():
+                continue
             rs, ru = r.locate(points, reach)
             d = np.abs(ru) - r.half_width
             on += d < 0

@@ -299,10 +299,10 @@ class _Planner:
         path = path_through(points, 22.0)
         speed = min(speed, float(path.allowed[80]))
         stop = None
-        near = [j.s for j in self.street.junctions if 15 < j.s - self.street.roads[j.road].half_width < reach]
-        if near and rng.random() < 0.18:  # waits at the junction's line
-            stop = 20.0 + near[0] - self.street.roads[self.street.junctions[0].road].half_width - 2.0
-            stop = stop if stop - 20.0 > speed**2 / 5 + 5 else None
+        lines = [20.0 + j.s - self.street.roads[j.road].half_width - 2.0 for j in self.street.junctions]
+        near = [line for line in lines if 20.0 + speed**2 / 5 + 6 < line < 20.0 + reach]
+        if near and rng.random() < 0.2:  # waits at the junction's line
+            stop = near[0]
         return _Trip("car", (EGO_BOX[3] - EGO_BOX[0], EGO_BOX[4] - EGO_BOX[1], 1.6), path, 20.0, speed, wish, stop)
 
     def _turn(self, junction: Junction, u: float, left: bool) -> Array:

@@ -16,6 +16,8 @@ from sensors.errors import UsageError, WmError
 from sensors.store.reader import open_store
 from sensors.store.writer import write_log
 
+pytestmark = pytest.mark.slow
+
 
 class Death(BaseException):
     """The process is gone: nothing that would run after it changes the disk."""
@@ -142,12 +144,12 @@ def test_death_while_a_log_is_replaced_keeps_the_old_until_the_new_is_whole(tmp_
     assert passed and seen == {True, False}
 
 
-@pytest.mark.parametrize("number, forever", [(errno.ENOSPC, True), (errno.EDQUOT, False), (errno.EIO, False)])
-def test_a_disk_that_refuses_at_any_call_costs_the_log_and_says_so_in_one_line(tmp_path, log, monkeypatch, number, forever):
+@pytest.mark.parametrize("number, forever, every", [(errno.ENOSPC, True, 1), (errno.EDQUOT, False, 3), (errno.EIO, False, 2)])
+def test_a_disk_that_refuses_at_any_call_costs_the_log_and_says_so_in_one_line(tmp_path, log, monkeypatch, number, forever, every):
     before = replace(log, id="kitti_raw/before")
     write_log(tmp_path / "whole", before)
     kept = digests(tmp_path / "whole")
-    for at in range(1, 500):
+    for at in range(1, 500, every):
         root = tmp_path / "s"
         shutil.copytree(tmp_path / "whole", root)
         monkeypatch.setattr(files, "calls", faulty := Faulty(at, number, forever))

@@ -1,0 +1,101 @@
+"""`wm synth STORE`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "make synthetic logs: streets with traffic, scanner, cameras and exact labels"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "store", metavar="STORE", type=Path, help="the store, or with --format nuscenes the folder of the dataset; made if it is not there"
+    )
+    parser.add_argument("--logs", type=int, default=8, metavar="N", help="how many, seeds S .. S+N-1 (default 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first one (default 0)")
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="T", help="length of each log (default 4)")
+    parser.add_argument("--lidar", choices=("hdl64", "hdl32"), default="hdl64", help="64 beams as in KITTI (default) or 32 as in nuScenes")
+    parser.add_argument("--cameras", choices=("none", "front", "six"), default="none", help="none (default), one forward, or six around")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="keep each K-th turn of the scanner's 10 per second (default 1)")
+    parser.add_argument("--format", choices=("store", "nuscenes"), default="store", help="a store (default), or the files of another dataset")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="logs made at the same time (default 1)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    import time
+
+    from worldmodel.tools.terminal import print_json, reporter
+
+    from sensors.errors import UsageError
+    from sensors.simulator.log import simulate
+
+    if args.logs < 1 or args.workers < 1:
+        raise UsageError(f"--logs {args.logs} --workers {args.workers}: give at least 1")
+    options = {"seconds": args.seconds, "lidar": args.lidar, "cameras": args.cameras, "every": args.every}
+    seeds = range(args.seed, args.seed + args.logs)
+    report = reporter("logs")
+    start = time.monotonic()
+    if args.format == "nuscenes":
+        from sensors.formats.nuscenes_writer import write_logs
+
+        def logs() -> Any:
+            for done, seed in enumerate(seeds):
+                report(done, args.logs, f"street {seed}")
+                yield simulate(seed, **options)
+
+        write_logs(args.store, logs())
+        written, present = [f"synthetic/street-{seed:06d}" for seed in seeds], []
+        report(args.logs, args.logs, "")
+    else:
+        written, present = _fill_store(args.store, [(seed, options) for seed in seeds], args.workers, report)
+    seconds = time.monotonic() - start
+    if args.json:
+        print_json("synth", store=str(args.store), format=args.format, written=written, present=present, seconds=seconds)
+        return 0
+    there = f", {len(present)} were there" if present else ""
+    print(f"{len(written)} logs of {args.seconds:g} s written to {args.store}{there}; {seconds:.0f} s")
+    return 0
+
+
+def _fill_store(store: Path, wanted: list[tuple[int, dict[str, Any]]], workers: int, report: Any) -> tuple[list[str], list[str]]:
+    """Ids of the logs written now and of those that were in the store already."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    from sensors.store.reader import open_store
+    from sensors.store.writer import prepare_store
+
+    prepare_store(store)
+    known = set(open_store(store).ids)
+    jobs = [(store, seed, options) for seed, options in wanted if f"synthetic/street-{seed:06d}" not in known]
+    present = [f"synthetic/street-{seed:06d}" for seed, _ in wanted if f"synthetic/street-{seed:06d}" in known]
+    written = []
+    if workers == 1:
+        for done, job in enumerate(jobs):
+            report(done, len(jobs), "")
+            (written if _write(job) else present).append(f"synthetic/street-{job[1]:06d}")
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(_write, job): job[1] for job in jobs}
+            for done, future in enumerate(as_completed(futures)):
+                (written if future.result() else present).append(f"synthetic/street-{futures[future]:06d}")
+                report(done, len(jobs), "")
+    report(len(jobs), len(jobs), "")
+    return sorted(written), sorted(present)
+
+
+def _write(job: tuple[Path, int, dict[str, Any]]) -> bool:
+    """Whether the log was written; False where another process was quicker."""
+    from sensors.files import Exists
+    from sensors.simulator.log import simulate
+    from sensors.store.writer import write_log
+
+    store, seed, options = job
+    try:
+        write_log(store, simulate(seed, **options))
+    except Exists:
+        return False
+    return True
