@@ -32,7 +32,7 @@ class RecordError(WmError, ValueError):
 
 
 def _array(what: str, value: object, dtype: type, shape: tuple[int | None, ...]) -> Array:
-    array = np.ascontiguousarray(value, dtype=dtype)
+    array: Array = np.ascontiguousarray(value, dtype=dtype)
     if array.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, array.shape, strict=True)):
         raise RecordError(f"{what}: shape {array.shape}, expected {shape}; check the reader of this file")
     array.flags.writeable = False
@@ -87,7 +87,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         what = f"sweep of {self.lidar} at {self.stamp_ns}"
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        put: Callable[[str, object], None] = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         put("stamp_ns", _stamp(what, self.stamp_ns))
         put("points", _finite(f"{what}, points", _array(f"{what}, points", self.points, np.float32, (None, 3))))
         count = len(self.points)

@@ -18,7 +18,7 @@ PICTURES = {".gif", ".png", ".jpg", ".svg"}
 TINY = {
     "synth": "--logs 1 --seconds 2.4 --every 2",
     "pretrain": "--config tiny --set train.steps=3 train.threads=1 train.autocast=off train.channels_last=off",
-    "evaluate": "--max-clips 1",
+    "evaluate": "--max-clips 1 --methods model,evidence_only,accumulate_nearest",
     "forecast": "--rays 500",
     "finetune": "--seeds 1 --steps 4",
 }

@@ -10,19 +10,21 @@ HELP = "tables of a model and the baselines: how far off, how sure, on what"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", nargs="?", default="none", help="a run folder of `wm pretrain`; none, or left out: baselines only")
+    parser.add_argument(
+        "run_folder", metavar="RUN", nargs="?", default="none", help="a run folder of `wm pretrain` (none or left out: only baselines)"
+    )
     parser.add_argument("--data", nargs="+", required=True, metavar="D", help="stores, or YAML files of parts of stores")
-    parser.add_argument("--protocol", default="native", help="native: 0.2 .. 1.0 s; native3: 0.6 .. 3.0 s (default: %(default)s)")
+    parser.add_argument("--protocol", metavar="NAME", default="native", help="native: 0.2 .. 1.0 s; native3: 0.6 .. 3.0 s (default: %(default)s)")
     parser.add_argument("--methods", metavar="A,B", help="only these baselines and arms of the model, separated by commas")
     parser.add_argument("--baselines-only", action="store_true", help="leave the model out; the run still lends its scales for the baselines' NLL")
     parser.add_argument("--hidden-sector", action="store_true", help="also: a sector of 60 degrees withheld from all past sweeps")
     parser.add_argument("--max-clips", type=int, metavar="N", help="so many clips, spread evenly over the data (default: all)")
     parser.add_argument("--all-rays", action="store_true", help="every return in place of 16384 a sweep")
     parser.add_argument("--per-log", action="store_true", help="a block for every log too (--json always has them)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of rays and of hidden sectors (default: %(default)s)")
-    parser.add_argument("--checkpoint", default="best", help="best, latest or a checkpoint's name (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of the draw of rays and of hidden sectors (default: %(default)s)")
+    parser.add_argument("--checkpoint", metavar="NAME", default="best", help="best, latest or a checkpoint's name (default: %(default)s)")
+    parser.add_argument("--device", metavar="DEV", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sensors.data import open_data
     from sensors.errors import UsageError, one_line
+    from sensors.rays import RAYS_PER_SWEEP
 
     if args.max_clips is not None and args.max_clips < 1:
         raise UsageError(f"--max-clips {args.max_clips}: give a number above 0, or leave it out for all")
@@ -71,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for log in [None, *(dict.fromkeys(row.log for row in table if row.log is not None) if args.per_log else ())]:
         _print_block([row for row in table if row.log == log], "all logs" if log is None else one_line(log))
-    rays = "all rays" if args.all_rays else "16384 rays a sweep"
+    rays = "all rays" if args.all_rays else f"{RAYS_PER_SWEEP} rays a sweep"
     left_out = f"; {table.unreadable} clips left out, unreadable" if table.unreadable else ""
-    print(f"{table.logs} logs, {table.clips} clips, {table.seconds:.0f} s of recording; poses: {', '.join(table.poses)}; {rays}{left_out}.\n"
+    print(f"Logs: {table.logs}; clips: {table.clips}, of {table.seconds:.0f} s of recording; poses: {', '.join(table.poses)}; {rays}{left_out}.\n"
           f"That a return lies on a ray at 2..56 m is given, the true future poses too; its range is asked. Protocol {args.protocol}; metres, "
           "Chamfer in m2; a ray without an answer counts as the farther bound.")  # fmt: skip
     return 0
@@ -91,13 +94,15 @@ def _print_block(rows: Sequence[Any], title: str) -> None:
     at = {(row.method, row.subset, row.horizon_s): row for row in rows}
     seconds = sorted({row.horizon_s for row in every if row.horizon_s is not None})
     shown = [*dict.fromkeys((seconds[0], seconds[len(seconds) // 2], seconds[-1])), None] if seconds else []
-    names = {h: "mean" if h is None else f"{h:g} s" for h in shown}
-    columns = ["method", *(f"{what} {names[h]}" for h in shown for what in ("L1", "median", "<.2 m", "Chamfer")), "missing"]
     lines = []
     for method in methods:
-        cells = [_number(v) for h in shown for r in [at[method, "all", h]] for v in (r.l1_mean, r.l1_median, r.within_02, r.chamfer)]
-        lines.append([method, *cells, f"{at[method, 'all', None].missing / at[method, 'all', None].rays:.1%}"])
-    print_table(f"{title}: all rays", columns, lines)
+        line = [method]
+        for h in shown:
+            r = at[method, "all", h]
+            line.append(" / ".join((_number(r.l1_mean), _number(r.l1_median), _number(r.within_02, 2), _number(r.chamfer, 2))))
+        lines.append([*line, f"{at[method, 'all', None].missing / at[method, 'all', None].rays:.1%}"])
+    columns = ["method", *("mean" if h is None else f"{h:g} s" for h in shown), "missing"]
+    print_table(f"{title}: L1 / median / share within 0.2 m / Chamfer of all rays", columns, lines)
     print()
     subsets = list(dict.fromkeys(row.subset for row in rows))
     lines = [["share of rays", *(_share(at, methods[0], s) for s in subsets)]]

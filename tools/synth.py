@@ -13,14 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "store", metavar="STORE", type=Path, help="the store, or with --format nuscenes the folder of the dataset; made if it is not there"
     )
-    parser.add_argument("--logs", type=int, default=8, metavar="N", help="how many, seeds S .. S+N-1 (default 8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first one (default 0)")
-    parser.add_argument("--seconds", type=float, default=4.0, metavar="T", help="length of each log (default 4)")
+    parser.add_argument("--logs", type=int, default=8, metavar="N", help="how many, of the seeds S .. S+N-1 (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first one (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="T", help="length of each log (default: %(default)s)")
     parser.add_argument("--lidar", choices=("hdl64", "hdl32"), default="hdl64", help="64 beams as in KITTI (default) or 32 as in nuScenes")
     parser.add_argument("--cameras", choices=("none", "front", "six"), default="none", help="none (default), one forward, or six around")
-    parser.add_argument("--every", type=int, default=1, metavar="K", help="keep each K-th turn of the scanner's 10 per second (default 1)")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="keep each K-th turn of the scanner's 10 per second (default: %(default)s)")
     parser.add_argument("--format", choices=("store", "nuscenes"), default="store", help="a store (default), or the files of another dataset")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="logs made at the same time (default 1)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="logs made at the same time (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

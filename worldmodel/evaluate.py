@@ -468,7 +468,12 @@ def covered_seconds(clips: Sequence[Clip]) -> float:
 
 
 def laplace_scales(
-    parts: Sequence[Part], *, protocol: str = "native", rays_per_sweep: int = 4096, max_clips: int | None = 40, seed: int = 0,
+    parts: Sequence[Part],
+    *,
+    protocol: str = "native",
+    rays_per_sweep: int = 4096,
+    max_clips: int | None = 40,
+    seed: int = 0,
     report: Report | None = None,
 ) -> dict[str, list[list[float]]]:
     """Per baseline rows (horizon_s, scale_m): the maximum-likelihood scale of a Laplace distribution around it, its mean absolute error as it

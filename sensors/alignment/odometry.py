@@ -32,7 +32,7 @@ START_SWEEPS = 12
 MAP_VOXEL_M = 1.0
 # rings on the ground move along with the car and drag point-to-point matching back: of what lies within GROUND_M of the lowest point of its
 # GROUND_CELL_M cell, one point in GROUND_EVERY stays, to hold height and tilt
-GROUND_CELL_M, GROUND_M, GROUND_EVERY = 2.0, 0.25, 30
+GROUND_CELL_M, GROUND_M, GROUND_EVERY = 2.0, 0.25, 10
 
 VOXEL_M = 0.25
 TARGETS = 4

@@ -255,9 +255,9 @@ class View:
         """Per direction (R,3) the nearest reading in each quadrant around it within the search window: ranges, azimuth offsets and
         elevation offsets in rad, each (R,4) f32, NaN where there is none. Order: right-below, left-below, right-above, left-above."""
         directions = np.ascontiguousarray(directions, np.float32)
-        out = tuple(np.empty((len(directions), 4), np.float32) for _ in range(3))
-        _quadrants(directions, *self._cells[:5], self.n_elevation, self.elevation_step_rad, *out)
-        return out
+        ranges, daz, delev = (np.empty((len(directions), 4), np.float32) for _ in range(3))
+        _quadrants(directions, *self._cells[:5], self.n_elevation, self.elevation_step_rad, ranges, daz, delev)
+        return ranges, daz, delev
 
     def interpolate(self, directions: Array) -> Array:
         """Per direction (R,3) the range (R,) f32 between its four quadrant readings, bilinear in inverse range; where quadrants are

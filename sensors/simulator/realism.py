@@ -84,7 +84,7 @@ def _inside(points: Array, boxes: Sequence[Box]) -> Array:
     found = np.zeros(len(points), bool)
     for b in boxes:
         c, s = np.cos(b.yaw_rad), np.sin(b.yaw_rad)
-        d = points - b.centre.astype(np.float32)
+        d: Array = points - b.centre.astype(np.float32)
         along, across = c * d[:, 0] + s * d[:, 1], -s * d[:, 0] + c * d[:, 1]
         reach = b.size / 2 + 0.1
         found |= (np.abs(along) < reach[0]) & (np.abs(across) < reach[1]) & (np.abs(d[:, 2]) < reach[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_a_log_is_what_the_records_say(log: Log) -> None:
     assert log.poses is not None and log.poses.source == "log" and len(log.sweep_stamps_ns["hdl64"]) == 10
     sweep = log.read_sweep("hdl64", 5)
     assert sweep.ring is not None and sweep.time_ns is not None and not sweep.deskewed
-    assert 0 <= sweep.intensity.min() and sweep.intensity.max() <= 1 and np.ptp(sweep.intensity) > 0.5
+    assert sweep.intensity.min() >= 0 and sweep.intensity.max() <= 1 and np.ptp(sweep.intensity) > 0.5
     assert 95_000 < len(sweep.points) < 133_312 and sweep.ring.max() == 63
     assert np.abs(sweep.time_ns).max() <= 50_000_000 and (np.diff(sweep.time_ns) >= 0).all()
     ahead = np.abs(np.arctan2(sweep.points[:, 1], sweep.points[:, 0])) < 0.02
@@ -232,7 +233,7 @@ def test_velocities_are_how_the_boxes_move(log: Log) -> None:
         tracks.setdefault(box.track, []).append((box.stamp_ns, place, pose[:2, :2] @ box.velocity))
     moved = 0
     for rows in tracks.values():
-        for (t0, p0, v0), (t1, p1, v1) in zip(rows, rows[1:], strict=False):
+        for (t0, p0, v0), (t1, p1, v1) in pairwise(rows):
             speed = (p1 - p0)[:2] / ((t1 - t0) / 1e9)
             assert np.abs(speed - (v0 + v1) / 2).max() < 0.25
             moved += bool(np.hypot(*speed) > 1)
