@@ -41,8 +41,10 @@ def shell_lines(page):
 
 
 def wm_lines(page):
-    """Arguments of every `wm ...` line of the page's shell blocks."""
-    return [words[1:] for words in shell_lines(page) if words[0].rpartition("/")[2] == "wm"]
+    """Arguments of every `wm ...` line of the page's shell blocks, fenced or indented, up to a redirection."""
+    lines = [words[1:] for words in shell_lines(page) if words[0].rpartition("/")[2] == "wm"]
+    lines += [shlex.split(line, comments=True) for line in re.findall(r"^    wm (.*)", prose(page), re.MULTILINE)]
+    return [words[: words.index(">")] if ">" in words else words for words in lines]
 
 
 def flags_of(command):

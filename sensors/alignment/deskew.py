@@ -65,8 +65,9 @@ def times_from_azimuth(points: Array, period_ns: int, *, clockwise: bool, azimut
 
     It assumes one even turn of period_ns around the stamp, which is when the beam passes azimuth_at_stamp_rad (counter-clockwise from x);
     clockwise is the direction seen from above. Near the seam, half a turn away from there, a point may come out a whole turn early or late.
-    Only for a scanner that is known to spin so (KITTI's HDL-64E: clockwise, stamped when it faces forward), and what rests on it has to
-    say so. RecordError for a period that is no scanner's."""
+    Only for a scanner that is known to spin so, and what rests on it has to say so. KITTI's HDL-64E does, clockwise and stamped when it
+    faces forward: deskewed by this guess, sweeps of a drive lie closer on each other than as recorded, by the opposite turn less close.
+    RecordError for a period that is no scanner's."""
     if not 0 < period_ns <= 10**9:
         raise RecordError(f"times from azimuth: a period of {period_ns} ns is not a scanner's; expected up to a second")
     points = np.asarray(points, np.float64)

@@ -7,6 +7,7 @@ are in both figures alike.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sensors.alignment.deskew import deskew
 from sensors.alignment.odometry import register
 from sensors.clips import nearest_index
 from sensors.errors import WmError
@@ -21,7 +23,7 @@ from sensors.geometry import inverse, pose_at, transform_points
 from sensors.kernels.nearest import nearest
 from sensors.kernels.registration import Planes, thinned
 from sensors.rays import inside_box
-from sensors.records import Log
+from sensors.records import Log, RecordError
 
 Array = NDArray[Any]
 
@@ -120,12 +122,19 @@ def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | Non
 
 
 def cloud_in_ego(log: Log, lidar: str, index: int) -> Array:
-    """Points (N,3) f64 of a sweep in the ego frame, the vehicle's own returns and what is nearer or farther than the survey looks left out."""
+    """Points (N,3) f64 of a sweep in the ego frame at its stamp: deskewed where points have times and the poses reach, else as recorded; the
+    vehicle's own returns, and what is nearer or farther than the survey looks, left out."""
     sweep = log.read_sweep(lidar, index)
     distance = np.sqrt((sweep.points.astype(np.float64) ** 2).sum(1))
-    points = transform_points(log.lidars[lidar].ego_from_lidar, sweep.points.astype(np.float64))
-    keep: Array = points[~inside_box(points, log.ego_box) & (distance > MIN_RANGE_M) & (distance < MAX_RANGE_M)]
-    return keep
+    ego_from_lidar = log.lidars[lidar].ego_from_lidar
+    own = inside_box(transform_points(ego_from_lidar, sweep.points), log.ego_box)
+    keep = ~own & (distance > MIN_RANGE_M) & (distance < MAX_RANGE_M)
+    points = sweep.points[keep]
+    if sweep.time_ns is not None and not sweep.deskewed and log.poses is not None:
+        # beyond the poses: as recorded
+        with contextlib.suppress(RecordError):
+            points, _ = deskew(points, sweep.time_ns[keep], ego_from_lidar, log.poses, sweep.stamp_ns)
+    return transform_points(ego_from_lidar, points.astype(np.float64))
 
 
 def pair_indices(log: Log) -> list[tuple[int, int]]:

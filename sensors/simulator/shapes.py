@@ -126,8 +126,6 @@ def car(length: float, width: float, height: float, rng: np.random.Generator) ->
     cabin = [(back * l, belt), (0.27 * l, belt - 0.02), (0.08 * l, 0.97 * h), (-0.02 * l, h), ((back + 0.12) * l, 0.97 * h)]
     roof = [((back + 0.13) * l, 0.965 * h), (0.07 * l, 0.965 * h), (0.02 * l, h), (-0.05 * l, h)]
     parts = [_profile(body, w, "paint", 0.98), _profile(cabin, 0.92 * w, "glass", 0.80), _profile(roof, 0.76 * w, "paint")]
-    for x in (0.16 * l, (back + 0.06) * l):  # pillars beside the glass
-        parts += [box(0.10, 0.05, 0.36 * h, "paint", (x, s * 0.88 * w, belt)) for s in (-1, 1)]
     parts += _wheels((-0.30 * l, 0.31 * l), w - 0.01, min(0.33, 0.23 * h))
     parts += [box(0.02, 0.50, 0.12, "plate", (s * (0.5 * l - 0.01), 0, 0.42)) for s in (-1, 1)]
     parts += [box(0.03, 0.30, 0.14, "lamp", (s * (0.5 * l - 0.015), t * 0.72 * w, 0.36 * h)) for s in (-1, 1) for t in (-1, 1)]
