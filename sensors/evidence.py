@@ -79,6 +79,14 @@ def _seen_beyond(points, start, azimuth, elevation, radius, n_elevation, step_el
                         out[i] = min(max(radius[at] - distance, -limit), limit)
 
 
+def nothing(history: History, count: int) -> Evidence:
+    """The evidence of `count` rays about which the past says nothing."""
+    sweeps = len(history.points)
+    readings = sweeps + MOVED
+    shapes = ((readings, 4), (readings,), (readings,), (readings, 4, 2), (readings,), (sweeps, sweeps))
+    return Evidence(*(np.full((count, *shape), np.nan, np.float32) for shape in shapes))
+
+
 def view_from(history: History, sweep: int, sensor_from_present: Array, key: object) -> View:
     """One past sweep as seen from the sensor's place; kept in the history's memo under key (the horizon in seconds for an asked instant)."""
     return history.once(("view", sweep, key), lambda: View(history.points[sweep], history.elevation_step_rad, sensor_from_present))

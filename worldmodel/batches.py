@@ -62,10 +62,11 @@ RAY_COLUMNS = ("origin", "direction", "step", "horizon_s", "bearing", *past_evid
 
 
 def ray_table(history: History, rays: Sequence[Rays], state_from_present: Array, steps: Sequence[int]) -> RayTable:
-    """The rays of several instants with their evidence, in the state frame; steps: 0 for the present, k for the k-th future instant."""
+    """The rays of several instants with their evidence, in the state frame; steps: 0 for the present, k for the k-th future instant. The
+    present has no evidence: the newest sweep would be the answer."""
     parts: dict[str, list[Array]] = {name: [] for name in RAY_COLUMNS}
     for asked, step in zip(rays, steps, strict=True):
-        found = past_evidence.gather(history, asked)
+        found = past_evidence.gather(history, asked) if step else past_evidence.nothing(history, len(asked.directions))
         pose = state_from_present @ asked.present_from_sensor
         d = asked.directions.astype(np.float64)
         count = len(d)
@@ -94,13 +95,15 @@ def _near_enough(found: past_evidence.Evidence) -> dict[str, Array]:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A clip ready for training: past clouds (N,5) x y z intensity dt in the state frame, newest first, as `latent_sweeps` asks; clouds (N,5)
-    of the future sweeps; times_s (K,); the ray table with range, intensity, colour and weight beside it."""
+    """A clip ready for training: past clouds (N,5) x y z intensity dt in the state frame, newest first, as `latent_sweeps` asks; times_s (K,)
+    of the future frames; clouds (N,5) of those future sweeps that `instants` (1..K) names; the ray table of the present and of these instants, with
+    range, intensity, colour and weight beside it."""
 
     id: str
     past: tuple[Array, ...]
     future: tuple[Array, ...]
     times_s: Array
+    instants: tuple[int, ...]
     rays: RayTable
 
     @property
@@ -146,7 +149,10 @@ def prepare(clip: Clip, config: Config) -> Prepared:
     to_state = state_from_ego(clip, config.encoder)
     past = past_clouds(clip, history, config)
     asked, truth, future = [], [], []
-    for step, frame in enumerate((clip.past[-1], *clip.future)):
+    chosen = rng_of("instants", config.seed, clip.id).permutation(len(clip.future))[: config.train.instants] + 1
+    steps = [0, *sorted(chosen.tolist())]
+    for step in steps:
+        frame = clip.future[step - 1] if step else clip.past[-1]
         everything = rays_of(clip, frame, None)
         drawn, weight = _stratified(history, everything, config.train.stored_rays, rng_of("rays", config.seed, clip.id, step))
         asked.append(drawn)
@@ -155,10 +161,10 @@ def prepare(clip: Clip, config: Config) -> Prepared:
             local = everything.directions * everything.ranges[:, None]
             points = transform_points(to_state @ everything.present_from_sensor, local)
             future.append(thinned(with_dt(points, everything.intensity, 0.0), config.encoder.max_points, rng_of("thin future", clip.id, step)))
-    table = ray_table(history, asked, to_state, range(len(asked)))
+    table = ray_table(history, asked, to_state, steps)
     table.columns.update({name: np.concatenate([t[name] for t in truth]) for name in truth[0]})
     times = np.array([(frame.stamp_ns - clip.stamp_ns) / 1e9 for frame in clip.future])
-    return Prepared(clip.id, past, tuple(future), times, table)
+    return Prepared(clip.id, past, tuple(future), times, tuple(steps[1:]), table)
 
 
 def _stratified(history: History, rays: Rays, count: int, rng: np.random.Generator) -> tuple[Rays, Array]:
@@ -215,15 +221,15 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
     """What the step at (epoch, position) sees of a clip."""
     train = config.train
     rng = rng_of(config.seed, epoch, position, prepared.id)
-    instants = len(prepared.times_s) + 1
     stateful, prior = [], []
-    for step in range(instants):
+    for step in (0, *prepared.instants):
         rows = rng.permutation(np.flatnonzero(prepared.rays.columns["step"] == step))[: train.rays + train.prior_rays]
         stateful.append(rows[: train.rays])
         prior.append(rows[train.rays :])
     tables = [prepared.rays.take(np.concatenate(rows)) for rows in (stateful, prior)]
-    past, future_step = list(prepared.past), int(rng.integers(len(prepared.future))) if prepared.future else 0
-    future = prepared.future[future_step] if prepared.future else np.zeros((0, 5), np.float32)
+    past, pick = list(prepared.past), int(rng.integers(max(len(prepared.future), 1)))
+    future = prepared.future[pick] if prepared.future else np.zeros((0, 5), np.float32)
+    future_step = prepared.instants[pick] - 1 if prepared.future else 0
     present, newest = np.ones(len(past), bool), past[0]
     for table in tables:
         table.columns["hidden"] = np.zeros(len(table), bool)

@@ -84,7 +84,7 @@ class Model:
 @dataclass(frozen=True)
 class Train:
     """clips per step; rays read with the state and without it, per clip and instant; every_s: spacing of the clips' t = 0; stored_rays: drawn
-    once per clip and instant, of which each visit takes some. hidden_share: of the clips get a region hidden; evidence_share: of the
+    once per clip and instant, of which each visit takes some; instants: future frames asked about per clip, beside the present. hidden_share: of the clips get a region hidden; evidence_share: of the
     rays with state keep their evidence; newest_share: of the clips show the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep. validation: share of the
     clips held out, whole logs where there are several. cache_gb: memory for prepared clips. autocast: auto, bf16 or off."""
 
@@ -94,6 +94,7 @@ class Train:
     rays: int
     prior_rays: int
     stored_rays: int
+    instants: int
     every_s: float
     lr: float
     weight_decay: float

@@ -212,6 +212,7 @@ def finetune(
         raise UsageError(f"--arms {one_line(wrong[0])}: not one of {', '.join(ARMS)}")
     torch.set_num_threads(plan.threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     config = rundir.read_config(run)
     task = importlib.import_module(f"worldmodel.downstream.{task_name}")
     train_frames = examples(train_parts, task, config, plan.every_s)

@@ -32,7 +32,7 @@ from worldmodel.model import Batch, WorldModel
 from worldmodel.rundir import Journal
 
 Loss = Callable[[WorldModel, Batch, Any], Tensor]
-PREFETCH = 3
+PREFETCH, LOADERS = 3, 2
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
 
 
@@ -106,12 +106,13 @@ class Source:
 
     def order(self, epoch: int) -> list[int]:
         """Every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, epoch)."""
-        if epoch not in self.orders:
+        found = self.orders.get(epoch)
+        if found is None:
             rng = rng_of(self.config.seed, "order", epoch)
             times = np.floor(self.weights + rng.random(len(self.weights))).astype(int)
-            order = rng.permutation(np.repeat(np.arange(len(times)), times)).tolist()
-            self.orders = {epoch: order or [int(np.argmax(self.weights))]}
-        return self.orders[epoch]
+            found = rng.permutation(np.repeat(np.arange(len(times)), times)).tolist() or [int(np.argmax(self.weights))]
+            self.orders[epoch] = found
+        return found
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, clip index) of a position in the endless stream."""
@@ -141,8 +142,8 @@ class Source:
         return collate(visits, self.config)
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
-        """Batches first..last-1, the next ones made in a thread meanwhile (the kernels release the interpreter's lock)."""
-        with ThreadPoolExecutor(1) as pool:
+        """Batches first..last-1, the next ones made in threads meanwhile (the kernels release the interpreter's lock)."""
+        with ThreadPoolExecutor(LOADERS) as pool:
             waiting: list[Future[Batch]] = [pool.submit(self.batch, s) for s in range(first, min(first + PREFETCH, last))]
             for step in range(first, last):
                 batch = waiting.pop(0).result()
@@ -241,6 +242,7 @@ def train(
     torch.set_num_threads(tc.threads)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a seventh of a step
     clips, weights = clips_of_parts(parts, config)
     train_rows, held_rows = split(clips, tc.validation, config.seed)
     if not train_rows:

@@ -364,3 +364,70 @@ def settle(points, old, start, order, cell, n, shift, limit, rounds, most, flat_
         squared = sum_2 / pairs
         share = min(forward / m, backward / kept)
     return squared, share
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def towards(points, sensor_from_points, start, azimuth, elevation, radius, n_elevation, step_elevation, reach_azimuth, reach_elevation, out):
+    """out (N,) f32: the reading of a view (cells as `View` sorts them) nearest in direction to each point (N,3), within the given reach in
+    azimuth and elevation (an ellipse; at most a cell each), minus the point's distance from the sensor; NaN where there is none."""
+    columns = (start.shape[0] - 1) // n_elevation
+    per_azimuth = np.float32(columns / (2 * np.pi))
+    pi = np.float32(np.pi)
+    scale_a, scale_e = np.float32(1 / reach_azimuth), np.float32(1 / reach_elevation)
+    m = sensor_from_points.astype(np.float32)
+    for i in range(points.shape[0]):
+        px, py, pz = points[i, 0], points[i, 1], points[i, 2]
+        x = m[0, 0] * px + m[0, 1] * py + m[0, 2] * pz + m[0, 3]
+        y = m[1, 0] * px + m[1, 1] * py + m[1, 2] * pz + m[1, 3]
+        z = m[2, 0] * px + m[2, 1] * py + m[2, 2] * pz + m[2, 3]
+        out[i] = np.nan
+        flat2 = x * x + y * y
+        distance = np.sqrt(flat2 + z * z)
+        if not (distance > np.float32(0.1) and distance < np.float32(1e6)):
+            continue
+        a = np.float32(np.arctan2(y, x))
+        e = np.float32(np.arctan2(z, np.sqrt(flat2)))
+        column = int((a + pi) * per_azimuth) % columns
+        row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
+        best = np.float32(1)
+        for r in range(max(row - 1, 0), min(row + 1, n_elevation - 1) + 1):
+            for dc in range(-1, 2):
+                c = r * columns + (column + dc) % columns
+                for at in range(start[c], start[c + 1]):
+                    da = azimuth[at] - a
+                    if da > pi:
+                        da -= np.float32(2 * np.pi)
+                    elif da < -pi:
+                        da += np.float32(2 * np.pi)
+                    de = elevation[at] - e
+                    d = (da * scale_a) ** 2 + (de * scale_e) ** 2
+                    if d < best:
+                        best = d
+                        out[i] = radius[at] - distance
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def inside(points, height, cos, sin, low, high, lowest_height, out):
+    """out (N,) bool: points (N,3) whose coordinates along (cos, sin) and left of it lie within low..high (2,), and whose height over the
+    ground is lowest_height .. high[2]."""
+    for i in range(points.shape[0]):
+        along = points[i, 0] * cos + points[i, 1] * sin
+        out[i] = False
+        if along > low[0] and along < high[0]:
+            left = points[i, 1] * cos - points[i, 0] * sin
+            out[i] = left > low[1] and left < high[1] and height[i] > lowest_height and height[i] < high[2]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def point_overlap(points, vx, vy, times, maps, cell, out):
+    """out (M,T-1) f32: maps[k] / 255 at each point (M,2) moved along (vx, vy) to times[k]."""
+    n = maps.shape[1]
+    half = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    for k in range(maps.shape[0]):
+        ox, oy = np.float32(vx * times[k]) * per + half, np.float32(vy * times[k]) * per + half
+        for i in range(points.shape[0]):
+            fx, fy = points[i, 0] * per + ox, points[i, 1] * per + oy
+            out[i, k] = 0
+            if fx >= 0 and fx < n and fy >= 0 and fy < n:
+                out[i, k] = maps[k, int(fx), int(fy)] / np.float32(255)
