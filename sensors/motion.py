@@ -34,7 +34,7 @@ OCCUPIED = 110  # of 255: within 0.2 m of an occupied cell
 FEWEST = 4
 TOP_SPEED, SEARCH_STEP = 24.0, 0.5
 SLOWEST = 0.5
-SEARCHED, CLIMBED, REGISTERED, PEAKS = 24, 64, 96, 6
+SEARCHED, CLIMBED, REGISTERED, PEAKS = 24, 64, 96, 4
 CLIMB_STEPS = np.array([[0.25, 0.0], [0.12, 0.0], [0.06, 0.0]])
 DRIFT_STEPS = np.array([[0.3, 0.01], [0.15, 0.005], [0.07, 0.0025], [0.03, 0.001]])
 PAIRED_M = np.array([0.6, 0.45, 0.35, 0.3, 0.3])
@@ -292,11 +292,18 @@ def _shifted(points: Array, by: Array) -> Array:
     return out
 
 
+def _two_largest(shares: list[Any]) -> float:
+    """The mean of the two largest: what one sweep alone says may be an edge that another one missed."""
+    return float(np.mean(sorted(shares)[-2:]))
+
+
 class _Tracker:
     """Finds where a cluster of the newest sweep was in the older ones. still (n,n) u8: map of what has not moved, never matched."""
 
     def __init__(self, history: History, sweeps: _Sweeps, still: Array) -> None:
-        self.history, self.sweeps = history, sweeps
+        self.sweeps = sweeps
+        own = [inverse(np.asarray(pose, np.float64)) for pose in history.present_from_sensor]
+        self.views = [(view_from(history, k, pose, "own"), inverse(sweeps.poses[k])) for k, pose in enumerate(own)]
         self.maps = np.zeros_like(sweeps.maps)
         self.lookup = []
         n = _cells(GROUND_CELL_M)
@@ -311,14 +318,16 @@ class _Tracker:
 
     def _depth_behind(self, points: Array, sweep: int) -> Array:
         """(M,) f32: how far behind each point the sweep reads; negative where it is hidden, NaN where the sweep does not look."""
-        own = inverse(np.asarray(self.history.present_from_sensor[sweep], np.float64))
-        return _towards(view_from(self.history, sweep, own, "own"), points, inverse(self.sweeps.poses[sweep]))
+        view, sensor_from_present = self.views[sweep]
+        return _towards(view, points, sensor_from_present)
 
     def _match(self, points: Array, velocity: Array, maps: Array) -> float:
         """How well points (M,3) fit the maps when they came at a velocity (2,), of those that could be seen then."""
         times = self.sweeps.times[:-1]
         hits = np.empty((len(points), len(times)), np.float32)
         clusters.point_overlap(points, velocity[0], velocity[1], times, maps, FINE_CELL_M, hits)
+        if hits.mean() < HIDDEN_COUNTS:
+            return 0.0
         hidden = np.stack([self._depth_behind(_shifted(points, velocity * t), k) < -SEEN_THROUGH_M for k, t in enumerate(times)], 1)
         hidden &= hits < 0.5
         return float(hits.sum() / (hits.size - (1 - HIDDEN_COUNTS) * hidden.sum()))
@@ -328,8 +337,7 @@ class _Tracker:
         stood still."""
         newest, times = self.sweeps.points[-1], self.sweeps.times[:-1]
         points = newest[_spread(rows, CLIMBED)]
-        oldest = range(min(2, len(times)))
-        appeared = np.mean([np.mean(self._depth_behind(points, k) > SEEN_THROUGH_M) for k in oldest])
+        appeared = _two_largest([np.mean(self._depth_behind(points, k) > SEEN_THROUGH_M) for k in range(len(times))])
         standing = self._match(points, np.zeros(2), self.sweeps.maps)
         for maps, needed in ((self.maps, 0.25), (self.sweeps.maps, 0.5)):
             if maps is self.sweeps.maps and appeared < 0.2:
@@ -337,7 +345,7 @@ class _Tracker:
             best = self._best(points, newest[_spread(rows, SEARCHED)], maps, max(standing + 0.1, 0.5))
             if best is None or np.hypot(best[0], best[1]) < SLOWEST:
                 continue
-            vanished = np.mean([np.mean(self._depth_behind(_shifted(points, best * times[k]), len(times)) > SEEN_THROUGH_M) for k in oldest])
+            vanished = _two_largest([np.mean(self._depth_behind(_shifted(points, best * t), len(times)) > SEEN_THROUGH_M) for t in times])
             if appeared + vanished >= needed:
                 return self._without_neighbours(rows, best)
         return None
