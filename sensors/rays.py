@@ -31,7 +31,8 @@ RAYS_PER_SWEEP = 16384
 @dataclass(frozen=True, eq=False)
 class History:
     """The past of a clip, oldest sweep first. points[i] (N_i,3) f32 and intensity[i] (N_i,) in the ego frame of t = 0; times_s (T,) <= 0;
-    present_from_sensor (T,4,4): where the sensor was. elevation_step_rad: spacing of the sensor's beams. memo keeps what several methods derive from it (views, motion)."""
+    present_from_sensor (T,4,4): where the sensor was. elevation_step_rad: spacing of the sensor's beams.
+    memo keeps what several methods derive from it (views, motion)."""
 
     points: tuple[Array, ...]
     intensity: tuple[Array, ...]

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as Pillow
-from worldmodel.tools.cli import main
 
 from sensors.adapters.kitti_raw import write_sample
 from sensors.alignment.survey import survey
@@ -23,6 +22,7 @@ from sensors.geometry import from_rotation_translation
 from sensors.records import Camera, Image, Lidar, Log, Sweep, Trajectory
 from sensors.store.writer import prepare_store, write_log
 from worldmodel.drawing.check_page import Checked, check_page, overlay_image
+from worldmodel.tools.cli import main
 
 HOSTILE = "<script>alert(1)</script>\" onerror=alert(2) ']]> javascript:alert(3) {{7*7}} \u2028[x](javascript:1) \x1b[31m"
 STAMPS = 10**9 + 10**8 * np.arange(15, dtype=np.int64)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from worldmodel.tools import doctor
 from worldmodel.tools.cli import main
 

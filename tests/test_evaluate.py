@@ -288,9 +288,8 @@ def test_the_same_seed_gives_the_same_table_and_another_one_other_rays():
 
 
 def test_the_command_prints_tables_and_json(tmp_path, capsys):
-    from worldmodel.tools.cli import main
-
     from sensors.store.writer import write_log
+    from worldmodel.tools.cli import main
 
     write_log(tmp_path / "store", street(2.5))
     common = ["evaluate", "none", "--data", str(tmp_path / "store"), "--methods", "copy,reproject_nearest", "--max-clips", "1"]

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from worldmodel.tools import cli
 
 from sensors import files
 from sensors import ingest as module
@@ -18,6 +17,7 @@ from sensors.adapters import kitti_raw
 from sensors.errors import Interrupted, UsageError
 from sensors.ingest import ingest
 from sensors.store.reader import open_store
+from worldmodel.tools import cli
 
 
 @pytest.fixture

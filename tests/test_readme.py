@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from worldmodel.tools.cli import commands, main, parser
 
 ROOT = Path(__file__).parent.parent

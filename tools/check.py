@@ -28,14 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from worldmodel.tools.terminal import print_json, print_table, reporter
-
     from sensors.alignment.survey import survey
     from sensors.alignment.timing import timing
     from sensors.errors import UsageError, one_line
     from sensors.files import write_file
     from sensors.store.format import STORE_FILE
     from worldmodel.drawing.check_page import Checked, check_page
+    from worldmodel.tools.terminal import print_json, print_table, reporter
 
     output = args.output if args.output is not None or args.json else Path("check.html")
     if output is not None and output.exists() and not args.overwrite:

@@ -23,9 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from worldmodel.tools.terminal import print_json, reporter
-
     from worldmodel.demo import Size, demo
+    from worldmodel.tools.terminal import print_json, reporter
 
     size = dataclasses.replace(
         Size(), config=args.config, **({} if args.streets is None else {"train_logs": args.streets, "test_logs": 2, "clips": 2})

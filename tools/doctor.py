@@ -62,9 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from worldmodel.tools.terminal import print_json
-
     from sensors.errors import one_line
+    from worldmodel.tools.terminal import print_json
 
     imports = probe([name for name, _ in IMPORTS])
     findings = [*_system(), *_threads(imports), *_packages(imports), *_gpu(imports), *_caches(), *_libraries(), *_extras()]

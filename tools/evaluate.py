@@ -30,11 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from worldmodel.tools.terminal import print_json, reporter
-
     from sensors.data import open_data
     from sensors.errors import UsageError, one_line
     from sensors.rays import RAYS_PER_SWEEP
+    from worldmodel.tools.terminal import print_json, reporter
 
     if args.max_clips is not None and args.max_clips < 1:
         raise UsageError(f"--max-clips {args.max_clips}: give a number above 0, or leave it out for all")

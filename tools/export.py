@@ -25,11 +25,10 @@ def run(args: argparse.Namespace) -> int:
     import importlib
     from pathlib import Path
 
-    from worldmodel.tools.terminal import print_json
-    from worldmodel.tools.verify import show
-
     from sensors.data import open_data
     from worldmodel.export.verify import export
+    from worldmodel.tools.terminal import print_json
+    from worldmodel.tools.verify import show
 
     source = Path(args.run)
     folder = Path(args.output) if args.output else source / f"export-{args.to}"

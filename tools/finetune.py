@@ -32,12 +32,11 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
     from pathlib import Path
 
-    from worldmodel.tools.terminal import print_json, print_table, reporter
-
     from sensors.data import open_data
     from sensors.errors import UsageError
     from sensors.files import write_json
     from worldmodel import finetune
+    from worldmodel.tools.terminal import print_json, print_table, reporter
 
     train = [part for path in args.data for part in open_data(path)]
     if args.test:

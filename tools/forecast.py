@@ -40,12 +40,11 @@ def run(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UsageError(f"{one_line(folder)}: no such run folder; make one with `wm pretrain`")
 
-    from worldmodel.tools.terminal import print_json, reporter
-
     from sensors.data import open_data
     from sensors.files import read_json, safe_name, write_file
     from worldmodel import load, rundir
     from worldmodel.pretrain import clips_of_parts
+    from worldmodel.tools.terminal import print_json, reporter
 
     if not args.data and not (folder / "data.json").is_file():
         raise UsageError(f"--data is needed: {one_line(folder)} does not say which data it was trained on")

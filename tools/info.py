@@ -21,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from worldmodel.tools.terminal import print_json, print_table
-
     from sensors.errors import one_line
     from sensors.store.format import STORE_FILE
+    from worldmodel.tools.terminal import print_json, print_table
 
     stored = (args.path / STORE_FILE).is_file()
     logs, problems, strangers = [], [], []

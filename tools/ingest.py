@@ -33,10 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from worldmodel.tools.terminal import print_json, reporter
-
     from sensors.errors import UsageError, one_line
     from sensors.ingest import ingest
+    from worldmodel.tools.terminal import print_json, reporter
 
     pairs = [pair.partition("=") for pair in args.option]
     if bad := [key for key, equals, _ in pairs if not (key and equals)]:

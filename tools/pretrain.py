@@ -30,12 +30,12 @@ def run(args: argparse.Namespace) -> int:
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the core that prepares the next batch
     import torch
-    from worldmodel.tools.terminal import print_json, print_table, reporter
 
     from sensors.data import open_data
     from sensors.files import lock, read_json, write_json
     from worldmodel import pretrain, rundir, validation
     from worldmodel.config import load_config
+    from worldmodel.tools.terminal import print_json, print_table, reporter
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)

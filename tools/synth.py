@@ -27,10 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import time
 
-    from worldmodel.tools.terminal import print_json, reporter
-
     from sensors.errors import UsageError
     from sensors.simulator.log import simulate
+    from worldmodel.tools.terminal import print_json, reporter
 
     if args.logs < 1 or args.workers < 1:
         raise UsageError(f"--logs {args.logs} --workers {args.workers}: give at least 1")

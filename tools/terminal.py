@@ -23,8 +23,8 @@ def reporter(what: str) -> Report:
             return
         state["last"] = now
         elapsed = max(now - start, 1e-9)
-        left = (total - done) * elapsed / done if done else float("nan")
-        line = f"{what}: {done}/{total}, {done / elapsed:.2f}/s, {left:.0f} s left" if done < total else f"{what}: {done} in {elapsed:.1f} s"
+        left = f"{(total - done) * elapsed / done:.0f} s left" if done else "starting"
+        line = f"{what}: {done}/{total}, {done / elapsed:.2f}/s, {left}" if done < total else f"{what}: {done} in {elapsed:.1f} s"
         line = f"{line}  {text}" if text else line
         if live:
             print("\r" + line.ljust(state["width"])[:200], end="\n" if done >= total else "", file=sys.stderr, flush=True)

@@ -26,9 +26,8 @@ def show(folder: str, report: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from worldmodel.tools.terminal import print_json
-
     from worldmodel.export.verify import verify
+    from worldmodel.tools.terminal import print_json
 
     report = verify(Path(args.folder))
     if args.json:

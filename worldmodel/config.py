@@ -83,10 +83,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    """clips per step; rays read with the state and without it, per clip and instant; every_s: spacing of the clips' t = 0; stored_rays: drawn
-    once per clip and instant, of which each visit takes some; instants: future frames asked about per clip, beside the present. hidden_share: of the clips get a region hidden; evidence_share: of the
-    rays with state keep their evidence; newest_share: of the clips show the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep. validation: share of the
-    clips held out, whole logs where there are several. cache_gb: memory for prepared clips. autocast: auto, bf16 or off."""
+    """clips: per step. rays, prior_rays: read with the state and without it, per clip and instant; stored_rays: drawn once per clip and instant, of
+    which each visit takes some; instants: future frames asked about per clip, beside the present. every_s: spacing of the clips' t = 0.
+    hidden_share: of the clips get a region hidden; evidence_share: of the rays with state keep their evidence; newest_share: of the clips show
+    the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep. validation: share of the clips held
+    out, whole logs where there are several. cache_gb: memory for prepared clips. seconds: stop after so much wall time, which the learning
+    rate then follows (0: by steps alone). autocast: auto, bf16 or off; channels_last: auto, on or off."""
 
     steps: int
     seconds: float

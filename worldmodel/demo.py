@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sensors.simulator.log import simulate
 
 from sensors.clips import clips_of
 from sensors.data import Part, open_data
@@ -20,6 +19,7 @@ from sensors.errors import UsageError, one_line
 from sensors.files import make_folder, write_file, write_json
 from sensors.ingest import ingest
 from sensors.records import Clip, Labels
+from sensors.simulator.log import simulate
 from sensors.store.writer import write_log
 from worldmodel import pretrain, probe, rundir, validation
 from worldmodel.config import Config, load_config

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,25 @@ class Source:
                 self.kept[index] = found
                 self.bytes += found.nbytes
         return found
+
+    def fill(self, report: Callable[[int, int, str], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
+        """Prepare clips, in the order of their first visit, until all are kept or memory is used up: beside the training this would take twice
+        as long, since both want all cores. Each rank prepares what it will be asked first."""
+        todo = list(dict.fromkeys(self.order(0)))[self.rank :: self.world]
+        most = self.config.train.steps * self.config.train.clips
+        done = 0
+
+        def one(index: int) -> None:
+            nonlocal done
+            if self.bytes < self.config.train.cache_gb * 2**30 and not stop():
+                with suppress(WmError):  # an unreadable clip is counted when its turn comes
+                    self.prepared(index)
+            done += 1
+            if report:
+                report(done, len(todo[:most]), "")
+
+        with ThreadPoolExecutor(LOADERS) as pool:
+            list(pool.map(one, todo[:most]))
 
     def order(self, epoch: int) -> list[int]:
         """Every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, epoch)."""
@@ -289,8 +308,9 @@ def train(
         checkpoint.save(run, step, model, optimizer, state)
 
     with _signals() as arrived, journal:
+        began = time.monotonic() - elapsed
+        source.fill(report and (lambda done, total, text: report(0, tc.steps, f"clips prepared: {done} of {total}")), lambda: bool(arrived))
         started, waited = time.monotonic(), 0.0
-        began = started - elapsed
         tick = time.monotonic()
         step = first
         for batch in source.stream(first, tc.steps):

@@ -6,6 +6,7 @@ import json
 import types
 
 import pytest
+
 from worldmodel.tools.cli import main
 
 

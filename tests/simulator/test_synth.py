@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from worldmodel.tools.cli import main
 
 from sensors.simulator.log import simulate
 from sensors.store.reader import open_store
+from worldmodel.tools.cli import main
 
 SMALL = ["--seconds", "0.3", "--lidar", "hdl32"]
 

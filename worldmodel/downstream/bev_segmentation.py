@@ -1,4 +1,4 @@
-"""Vehicles seen from above: per cell of the encoder's map, is it covered by a vehicle's box at t = 0. The input is what the encoder sees in pretraining.
+"""Vehicles seen from above: per cell of the encoder's map, is it covered by a vehicle's box at t = 0. The input is that of pretraining.
 
 IoU is the sum of intersections over the sum of unions of the whole set, at probability 0.5, in the cells whose labels are complete.
 """

@@ -1,6 +1,6 @@
 """`wm export RUN --to torch`: the encoder as safetensors, its configuration, and one Python file that depends on torch alone.
 
-The folder: `model.safetensors`, `config.json`, `encoder.py`, `manifest.json`, and `sample.safetensors`: a cloud and the map that our encoder made of it.
+The folder: `model.safetensors`, `config.json`, `encoder.py`, `manifest.json`, and `sample.safetensors`: a cloud and our encoder's map of it.
 """
 
 from __future__ import annotations
