@@ -20,7 +20,7 @@ from sensors.rays import History, Rays
 
 Array = NDArray[Any]
 
-MOVED = 2  # displaced copies of the newest sweep: by its velocity, and by the second hypothesis
+MOVED = 2  # displaced copies of the newest sweep: at constant velocity, and at constant acceleration
 SEEN_LIMIT_M = 20.0
 
 
@@ -112,6 +112,8 @@ def displaced(history: History, horizon_s: float, hypothesis: int) -> tuple[Arra
 
 def gather(history: History, rays: Rays) -> Evidence:
     """The evidence of the past for the given rays. Looks at the rays' origin, directions and instant only, never at their truth."""
+    from sensors.motion import ahead
+
     count, sweeps = len(rays.directions), len(history.points)
     readings = sweeps + MOVED
     sensor_from_present = inverse(rays.present_from_sensor)
@@ -147,7 +149,7 @@ def gather(history: History, rays: Rays) -> Evidence:
         slot = sweeps + hypothesis
         for field in (quadrants, offsets, interpolated, nearest, angle):
             field[:, slot] = field[:, 0]
-        points, moved = displaced(history, rays.horizon_s, hypothesis)
-        if moved.any() and rays.horizon_s > 0:
-            read(slot, View(points, history.elevation_step_rad, sensor_from_present), rays.directions, slice(None))
+        scene = ahead(history, sensor_from_present, rays.horizon_s, hypothesis)
+        if scene is not None:
+            read(slot, scene, rays.directions, slice(None))
     return Evidence(quadrants, interpolated, nearest, offsets, angle, seen)

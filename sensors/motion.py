@@ -31,7 +31,8 @@ NEAR_M = 15.0  # closer than this, points of one thing leave no empty cells
 LONGEST_M = 14.0
 SPLAT_SIGMA_M = 0.17
 OCCUPIED = 110  # of 255: within 0.2 m of an occupied cell
-FEWEST = 4
+FEWEST = 5
+FLAT_M = 0.06  # what is lower is one beam on a slope, and walks with the sensor
 TOP_SPEED, SEARCH_STEP = 24.0, 0.5
 SLOWEST = 0.5
 SEARCHED, CLIMBED, REGISTERED, PEAKS = 24, 64, 96, 4
@@ -42,8 +43,12 @@ SEEN_THROUGH_M = 0.5
 HIDDEN_M = 0.3
 HIDDEN_COUNTS = 0.15  # a point that could not be seen counts this much against a match
 AZIMUTH_REACH_RAD = float(np.deg2rad(0.35))
+SEEN_SHARE, MANY = 0.75, 100  # of a cluster that appeared where there was nothing or left where there is nothing now
+PAIRED_SHARE, APART_M = 0.5, 0.2
+HARDEST = 4.5
 ACCELERATION = 2.5  # m/s^2, what road users do: the spread of the prior
 AHEAD_S = 0.4
+BESIDE_M = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +204,7 @@ def _suspects(sweeps: _Sweeps) -> tuple[list[Array], Array]:
     found, loose = [], []
     for rows in _components(cell, np.flatnonzero(sweeps.standing[-1] & (cell >= 0))):
         explained = there[rows].mean()
-        if len(rows) < FEWEST or explained > 0.98:
+        if len(rows) < FEWEST or explained > 0.98 or np.ptp(newest[rows, 2]) < FLAT_M:
             continue
         if explained > 0.88 or np.ptp(newest[rows, :2], axis=0).max() > LONGEST_M:
             loose.append(rows[there[rows] < 0.5])
@@ -207,7 +212,7 @@ def _suspects(sweeps: _Sweeps) -> tuple[list[Array], Array]:
             found.append(rows)
     if loose:
         for rows in _components(cell, np.sort(np.concatenate(loose))):
-            if len(rows) >= FEWEST and np.ptp(newest[rows, :2], axis=0).max() < LONGEST_M:
+            if len(rows) >= FEWEST and np.ptp(newest[rows, 2]) >= FLAT_M and np.ptp(newest[rows, :2], axis=0).max() < LONGEST_M:
                 found.append(rows)
     return found, there
 
@@ -228,17 +233,18 @@ def _estimate(history: History) -> Motion:
     tracker = _Tracker(history, sweeps, _splat(newest, sweeps.standing[-1] & ~suspected & (there > 0.5)))
     things: list[tuple[Array, Array, Array]] = []
     left = [np.ones(len(points), np.bool_) for points in sweeps.points]
-    for rows in sorted(suspects, key=len, reverse=True):
-        fitted = tracker.track(rows)
+    boxes: list[_Box] = []
+    for whole in sorted(suspects, key=len, reverse=True):
+        rest = whole[cluster[whole] < 0]
+        fitted = None if len(rest) < FEWEST else tracker.follow(rest, boxes) or tracker.track(rest)
         if fitted is None:
             continue
         rows, v, a = fitted
         box = _Box(newest[rows], sweeps.heights[-1][rows].max(), v, a)
+        boxes.append(box)
         free = (cluster < 0) & (suspected | (there < 0.5) | (sweeps.heights[-1] < LOW_M))
         of = box.holds(newest, sweeps.heights[-1], 0.0, 0.3) & free
-        of[rows] = cluster[rows] < 0
-        if not of.any():
-            continue
+        of[rows] = True
         cluster[of] = len(things)
         shown = v + sweeps.drift_at(newest[rows, :2].mean(0))
         velocity[of, :2] = shown
@@ -332,6 +338,19 @@ class _Tracker:
         hidden &= hits < 0.5
         return float(hits.sum() / (hits.size - (1 - HIDDEN_COUNTS) * hidden.sum()))
 
+    def follow(self, rows: Array, boxes: list[_Box]) -> tuple[Array, Array, Array] | None:
+        """The motion of one of the boxes for a cluster beside it, where that explains the cluster: a thing is often seen in pieces."""
+        newest, height = self.sweeps.points[-1], self.sweeps.heights[-1]
+        points = newest[_spread(rows, CLIMBED)]
+        middle, middle_height = points.mean(0, keepdims=True), np.median(height[rows])[None]
+        best, best_score = None, 0.5
+        for box in boxes:
+            if box.holds(middle, middle_height, 0.0, BESIDE_M)[0]:
+                score = self._match(points, box.velocity, self.sweeps.maps)
+                if score > max(best_score, self._match(points, np.zeros(2), self.sweeps.maps) + 0.1):
+                    best, best_score = box, score
+        return None if best is None else (rows, best.velocity, best.acceleration)
+
     def track(self, rows: Array) -> tuple[Array, Array, Array] | None:
         """Of a cluster the rows that move, their velocity (2,) m/s and acceleration (2,) m/s² at t = 0; None where it may as well have
         stood still."""
@@ -339,15 +358,18 @@ class _Tracker:
         points = newest[_spread(rows, CLIMBED)]
         appeared = _two_largest([np.mean(self._depth_behind(points, k) > SEEN_THROUGH_M) for k in range(len(times))])
         standing = self._match(points, np.zeros(2), self.sweeps.maps)
-        for maps, needed in ((self.maps, 0.25), (self.sweeps.maps, 0.5)):
+        evident = SEEN_SHARE if len(rows) < MANY else 0.6 * SEEN_SHARE
+        for maps in (self.maps, self.sweeps.maps):
             if maps is self.sweeps.maps and appeared < 0.2:
                 continue
-            best = self._best(points, newest[_spread(rows, SEARCHED)], maps, max(standing + 0.1, 0.5))
-            if best is None or np.hypot(best[0], best[1]) < SLOWEST:
+            best = self._best(points, newest[_spread(rows, SEARCHED)], maps, max(standing + 0.2, 0.5 if len(rows) > 20 else 0.6))
+            if best is None:
                 continue
             vanished = _two_largest([np.mean(self._depth_behind(_shifted(points, best * t), len(times)) > SEEN_THROUGH_M) for t in times])
-            if appeared + vanished >= needed:
-                return self._without_neighbours(rows, best)
+            if appeared + vanished >= evident:
+                found = self._without_neighbours(rows, best)
+                if found is not None:
+                    return found
         return None
 
     def _best(self, points: Array, few: Array, maps: Array, needed: float) -> Array | None:
@@ -366,7 +388,7 @@ class _Tracker:
                 best, best_score = out[:2], score
         return best
 
-    def _without_neighbours(self, rows: Array, velocity: Array) -> tuple[Array, Array, Array]:
+    def _without_neighbours(self, rows: Array, velocity: Array) -> tuple[Array, Array, Array] | None:
         """Track the part of a cluster that moves, where it is one with something that stands."""
         newest, times = self.sweeps.points[-1], self.sweeps.times[:-1]
         hits = np.empty((2, len(rows), len(times)), np.float32)
@@ -376,22 +398,25 @@ class _Tracker:
         own = rows[moves >= stands - 0.1]
         if len(own) < FEWEST or len(own) > 0.85 * len(rows):
             own = rows
-        return own, *self._fit(newest[_spread(own, REGISTERED)], velocity)
+        fitted = self._fit(newest[_spread(own, REGISTERED)], velocity)
+        return None if fitted is None else (own, *fitted)
 
-    def _fit(self, points: Array, guess: Array) -> tuple[Array, Array]:
+    def _fit(self, points: Array, guess: Array) -> tuple[Array, Array] | None:
         """Velocity and acceleration at t = 0 by registering points (M,3) with each older sweep, from the velocity guess on: least
-        squares of the displacements v t + a t² / 2, with a prior on a."""
+        squares of the displacements v t + a t² / 2, with a prior on a. None where they do not register, or not into a motion."""
         times, n = self.sweeps.times[:-1], _cells(GROUND_CELL_M)
-        displacements, weights = np.zeros((len(times), 2)), np.zeros(len(times))
+        displacements, weights, shares, distances = np.zeros((len(times), 2)), np.zeros(len(times)), [], []
         sigma = 0.03 + 0.2 / np.sqrt(len(points))
         for k, (older, start, order) in enumerate(self.lookup):
             shift = guess * times[k]
             squared, share = clusters.settle(points, older, start, order, GROUND_CELL_M, n, shift, PAIRED_M, len(PAIRED_M), 160, np.float32(0.5))
             displacements[k] = shift
+            shares.append(share)
+            distances.append(squared**0.5)
             weights[k] = (share / sigma) ** 2 if np.isfinite(squared) and share > 0.2 else 0.0
-        if not weights.any():
-            return guess.copy(), np.zeros(2)
+        if _two_largest(shares) < PAIRED_SHARE or np.median(distances) > APART_M:
+            return None
         basis = np.stack((times, 0.5 * times**2), 1)
         normal = basis.T @ (basis * weights[:, None]) + np.diag([1e-2, 1 / ACCELERATION**2])
         v, a = np.linalg.solve(normal, basis.T @ (displacements * weights[:, None]))
-        return v, a
+        return None if np.hypot(v[0], v[1]) < SLOWEST or np.hypot(a[0], a[1]) > HARDEST else (v, a)

@@ -84,8 +84,10 @@ class HeldOut:
             truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu()))
             latents.append(output.latents[:, 0].float().cpu())
             if batch.future is not None:
-                change, busy = change_of(model.encoder(batch.future).float())
-                errors += float(((foretold(model, batch, output) - change).square().mean(3) * busy).sum())
+                with autocast:
+                    change, busy = change_of(model.encoder(batch.future).float())
+                    told = foretold(model, batch, output)
+                errors += float(((told - change).square().mean(3) * busy).sum())
                 copies += float((change.square().mean(3) * busy).sum())
         if not truth:
             raise WmError("no held-out clip is readable; run `wm check` on the store")

@@ -36,6 +36,12 @@ def test_a_run_holds_what_it_promises(run):
     assert not list(run.rglob("*.pt")) + list(run.rglob("*.pkl"))
 
 
+def test_half_precision_goes_all_the_way(parts, tmp_path):
+    run = train(parts, tmp_path / "run", tiny("train.autocast=bf16", "train.channels_last=on", "train.steps=2"))
+    _, values = rundir.curve(run, "val/nll_model")
+    assert np.isfinite(values).all() and len(values) == 1
+
+
 def test_training_on_one_clip_learns_it(parts, tmp_path):
     config = tiny("train.steps=40", "train.validation=0.0", "train.clips=1", "train.rotate=false", "train.flip=false", "train.scale=0.0",
                   "train.hidden_share=0.0", "train.lr=0.01")  # fmt: skip
