@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", metavar="N", type=int, default=None, help="at most so many steps an arm (default: until it stops improving, at most 900)"
     )
+    parser.add_argument("--threads", metavar="N", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE", default=None, help="write every result with its curve, as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -47,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--data holds {len(labelled)} logs: too few to set some apart; give --test")
         out = set(labelled[3::4])
         train, test = [p for p in train if p.log.id not in out], [p for p in train if p.log.id in out]
-    plan = (
-        finetune.Plan() if args.steps is None else dataclasses.replace(finetune.Plan(), most_steps=args.steps, every=max(1, min(40, args.steps // 4)))
-    )
+    plan = finetune.Plan(threads=args.threads)
+    if args.steps is not None:
+        plan = dataclasses.replace(plan, most_steps=args.steps, every=max(1, min(40, args.steps // 4)))
     results = finetune.finetune(Path(args.source), train, test, task_name=args.task, arms=args.arms or finetune.ARMS, seeds=range(args.seeds),
                                 fractions=args.fractions, plan=plan, report=reporter("trial"))  # fmt: skip
     rows = finetune.summary(results)
