@@ -7,6 +7,7 @@ workers, caches and restarts do not matter.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def thinned(points: Array, most: int, rng: np.random.Generator) -> Array:
 
 def prepare(clip: Clip, config: Config) -> Prepared:
     """Everything about a clip that does not depend on epoch or augmentation."""
-    history = history_of(clip)
+    shake = _PoseErrors(config, clip.id)
+    history = shake(history_of(clip))
     to_state = state_from_ego(clip, config.encoder)
     past = past_clouds(clip, history, config)
     asked, truth, future = [], [], []
@@ -154,6 +156,8 @@ def prepare(clip: Clip, config: Config) -> Prepared:
     for step in steps:
         frame = clip.future[step - 1] if step else clip.past[-1]
         everything = rays_of(clip, frame, None)
+        if step:
+            everything = dataclasses.replace(everything, present_from_sensor=shake.error() @ everything.present_from_sensor)
         drawn, weight = _stratified(history, everything, config.train.stored_rays, rng_of("rays", config.seed, clip.id, step))
         asked.append(drawn)
         truth.append({"range": drawn.ranges, "intensity": drawn.intensity, "colour": _colours(clip, frame, drawn), "weight": weight})
@@ -165,6 +169,31 @@ def prepare(clip: Clip, config: Config) -> Prepared:
     table.columns.update({name: np.concatenate([t[name] for t in truth]) for name in truth[0]})
     times = np.array([(frame.stamp_ns - clip.stamp_ns) / 1e9 for frame in clip.future])
     return Prepared(clip.id, past, tuple(future), times, tuple(steps[1:]), table)
+
+
+class _PoseErrors:
+    """Small rigid errors for a clip's poses, as registration leaves them: of a size drawn per clip, one error per past sweep but the newest and
+    one per future frame. Without them a model that learned on a simulator's exact poses is too sure on a road."""
+
+    def __init__(self, config: Config, clip: str) -> None:
+        self.rng = rng_of("poses", config.seed, clip)
+        size = self.rng.random()
+        self.metres, self.radians = config.train.pose_error_m * size, np.deg2rad(config.train.pose_error_deg) * size
+
+    def error(self) -> Array:
+        """4x4, present from present."""
+        out = rotation_z(self.rng.normal(0, self.radians))
+        tilt = self.rng.normal(0, self.radians, 2)
+        out[:3, :3] = out[:3, :3] @ np.array([[1, 0, tilt[0]], [0, 1, tilt[1]], [-tilt[0], -tilt[1], 1]])
+        out[:3, 3] = self.rng.normal(0, self.metres, 3)
+        return out
+
+    def __call__(self, history: History) -> History:
+        if not self.metres and not self.radians:
+            return history
+        errors = [self.error() for _ in history.points[:-1]] + [np.eye(4)]
+        points = tuple(transform_points(e, p) for e, p in zip(errors, history.points, strict=True))
+        return dataclasses.replace(history, points=points, present_from_sensor=np.stack(errors) @ history.present_from_sensor, memo={})
 
 
 def _stratified(history: History, rays: Rays, count: int, rng: np.random.Generator) -> tuple[Rays, Array]:

@@ -86,7 +86,8 @@ class Train:
     """clips: per step. rays, prior_rays: read with the state and without it, per clip and instant; stored_rays: drawn once per clip and instant, of
     which each visit takes some; instants: future frames asked about per clip, beside the present. every_s: spacing of the clips' t = 0.
     hidden_share: of the clips get a region hidden; evidence_share: of the rays with state keep their evidence; newest_share: of the clips show
-    the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep. validation: share of the clips held
+    the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep. pose_error_m,
+    pose_error_deg: largest deviation of the errors that a clip's poses are given. validation: share of the clips held
     out, whole logs where there are several. cache_gb: memory for prepared clips. seconds: stop after so much wall time, which the learning
     rate then follows (0: by steps alone). autocast: auto, bf16 or off; channels_last: auto, on or off."""
 
@@ -111,6 +112,8 @@ class Train:
     flip: bool
     scale: float
     point_drop: float
+    pose_error_m: float
+    pose_error_deg: float
     validation: float
     validate_every: int
     save_every: int

@@ -43,7 +43,10 @@ class HeldOut:
     def __init__(self, clips: Sequence[Clip], config: Config) -> None:
         rows = np.unique(np.linspace(0, len(clips) - 1, min(MOST_CLIPS, len(clips))).astype(int)) if clips else []
         self.clips = [clips[i] for i in rows]
-        self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, rays=RAYS, prior_rays=1, instants=config.model.future))
+        self.config = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, rays=RAYS, prior_rays=1, instants=config.model.future),
+        )
         self._batches: list[Batch] | None = None
 
     @property
