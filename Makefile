@@ -1,7 +1,7 @@
 # make demo    all of it in ten minutes, ending with demo/report.html
 # make test    lint and tests
 # make lint    ruff, mypy
-# make bench   kernels, loader and step beside their peers
+# make bench   kernels beside their peers
 # make clean   remove the environment and what was made
 PYTHON ?= python3
 VENV := .venv

@@ -30,12 +30,13 @@ MAX_ENTRIES = 100_000
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A stretch of a log: from_ns <= stamp < to_ns (None: open), and how much its clips count."""
+    """A stretch of a log: from_ns <= stamp < to_ns (None: open), how much its clips count, and the digest of the stored log's manifest."""
 
     log: Log
     from_ns: int | None = None
     to_ns: int | None = None
     weight: float = 1.0
+    digest: str | None = None
 
 
 def open_data(path: Path | str) -> list[Part]:
@@ -43,7 +44,7 @@ def open_data(path: Path | str) -> list[Part]:
     path = Path(path)
     if path.is_dir():
         store = open_store(path)
-        return [Part(store.open_log(log_id)) for log_id in store.ids]
+        return [Part(store.open_log(log_id), digest=_digest(store, log_id)) for log_id in store.ids]
     stores: dict[Path, Store] = {}
     parts = []
     for number, entry in enumerate(_entries(path), 1):
@@ -52,7 +53,7 @@ def open_data(path: Path | str) -> list[Part]:
         root = path.parent / entry["store"]
         store = stores.setdefault(root, stores.get(root) or open_store(root))
         for log_id in [entry["log"]] if entry.get("log") is not None else store.ids:
-            parts.append(_part(store.open_log(log_id), entry, what))
+            parts.append(_part(store.open_log(log_id), entry, what, _digest(store, log_id)))
     return parts
 
 
@@ -116,7 +117,11 @@ def _check(entry: Any, what: str) -> None:
         raise UsageError(f"{what}: weight is {one_line(repr(weight), 60)}, not a number above 0")
 
 
-def _part(log: Log, entry: dict[str, Any], what: str) -> Part:
+def _digest(store: Store, log_id: str) -> str:
+    return str(store.manifest(log_id)["digest"])
+
+
+def _part(log: Log, entry: dict[str, Any], what: str, digest: str) -> Part:
     from_ns = entry.get("from_ns")
     to_ns = entry.get("to_ns")
     if entry.get("from_frame") is not None:
@@ -125,7 +130,7 @@ def _part(log: Log, entry: dict[str, Any], what: str) -> Part:
         to_ns = _stamp_of_frame(log, entry["to_frame"], what)
     if from_ns is not None and to_ns is not None and from_ns >= to_ns:
         raise UsageError(f"{what}: the range {from_ns}..{to_ns} ns is empty; from comes before to")
-    return Part(log, from_ns, to_ns, float(entry.get("weight", 1.0)))
+    return Part(log, from_ns, to_ns, float(entry.get("weight", 1.0)), digest)
 
 
 def _stamp_of_frame(log: Log, frame: int, what: str) -> int:

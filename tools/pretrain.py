@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 HELP = "learn from the clips of a store, without labels, into a run folder"
 
@@ -18,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", default=None, metavar="RUN", help="go on with a run from its newest whole checkpoint")
     parser.add_argument("--device", metavar="DEV", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop where the health alarm sounds or a checkpoint is damaged")
+    parser.add_argument("--probe", nargs="+", metavar="D", default=[], help="labelled stores: probe the frozen latent on them after the training")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     import dataclasses
     import os
-    from pathlib import Path
 
     from sensors.errors import UsageError
 
@@ -78,9 +80,34 @@ def run(args: argparse.Namespace) -> int:
     if rank:
         return 0
     names = ("val/nll_model", "val/nll_evidence_only", "val/nll_model@no_evidence", "val/median_model", "health/rank", "health/skill")
-    last = {name: (rundir.curve(folder, name)[1] or [float("nan")])[-1] for name in names}
+    curves = {name: rundir.curve(folder, name)[1] for name in names}
+    last = {name: values[-1] for name, values in curves.items() if values}
+    probed = _probed(folder, args.probe, str(device))
     if args.json:
-        print_json("pretrain", run=str(folder), steps=config.train.steps, validation=last)
-    else:
+        print_json("pretrain", run=str(folder), steps=config.train.steps, validation=last, probe=probed)
+        return 0
+    if last:
         print_table(f"{folder} (held-out clips)", ["measure", "value"], [(name, f"{value:.3f}") for name, value in last.items()])
+    else:
+        print(f"{folder}: nothing was held out, so nothing was validated; give more or longer logs")
+    if probed:
+        tasks = list(dict.fromkeys(row["task"] for row in probed))
+        kinds = list(dict.fromkeys(row["features"] for row in probed))
+        ap = {(row["features"], row["task"]): row["ap"] for row in probed}
+        title = f"linear probe, average precision per cell ({probed[0]['clips']} clips of {probed[0]['logs']} logs)"
+        print_table(title, ["features", *tasks], [(kind, *(f"{ap[kind, task]:.3f}" for task in tasks)) for kind in kinds])
     return 0
+
+
+def _probed(folder: Path, data: list[str], device: str) -> list[dict[str, Any]]:
+    """Rows of the probe on labelled logs, also written to probe.json; empty where none were given."""
+    if not data:
+        return []
+    import worldmodel
+    from sensors.data import open_data
+    from sensors.files import write_json
+    from worldmodel.probe import probe
+
+    rows = probe(worldmodel.load(folder, device=device), [part for path in data for part in open_data(path)])
+    write_json(folder / "probe.json", rows)
+    return rows

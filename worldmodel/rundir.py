@@ -52,7 +52,7 @@ def environment(parts: Sequence[Part]) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     logs = [{"log": p.log.id, "licence": p.log.licence, "poses": p.log.poses.source if p.log.poses else None,
-             "from_ns": p.from_ns, "to_ns": p.to_ns, "weight": p.weight, "digest": getattr(p, "digest", None)} for p in parts]  # fmt: skip
+             "from_ns": p.from_ns, "to_ns": p.to_ns, "weight": p.weight, "digest": p.digest} for p in parts]  # fmt: skip
     return {"python": sys.version.split()[0], "versions": versions, "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "command": [one_line(a) for a in sys.argv],
             "git": _git(), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
