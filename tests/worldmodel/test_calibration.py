@@ -1,0 +1,49 @@
+"""Calibration finds what was done to a distribution, and pose errors are small rigid transforms that a seed fixes."""
+
+import numpy as np
+import pytest
+import torch
+
+from sensors.clips import clips_of
+from sensors.rays import history_of
+from tests.worldmodel.conftest import tiny
+from worldmodel import calibration
+from worldmodel.batches import _PoseErrors
+from worldmodel.heads.rays import Mixture
+
+
+def test_scales_that_are_too_small_are_widened():
+    generator = torch.Generator().manual_seed(0)
+    count = 4000
+    truth = 20 + torch.distributions.Laplace(0, 0.5).sample((count,))
+    told = Mixture(torch.full((count, 1), 20.0), torch.full((count, 1), 0.25), torch.zeros(count, 1), torch.full((count,), -9.0), None, None)
+    step = torch.randint(0, 2, (count,), generator=generator)
+    rows = calibration.fit(told, truth, step * 0.5, step)
+    assert [row[0] for row in rows] == [0.0, 0.5]
+    assert all(1.6 < row[2] < 2.5 for row in rows)
+    table = {"model": rows}
+    assert calibration.at(table, "model", 0.25)[1] == pytest.approx((rows[0][2] * rows[1][2]) ** 0.5)
+    assert calibration.at(table, "other", 0.2) == calibration.at(None, "model", 0.2) == (1.0, 1.0)
+
+
+def test_a_temperature_keeps_masses_a_distribution():
+    log_mass = torch.log_softmax(torch.randn(50, 7, generator=torch.Generator().manual_seed(1)), 1)
+    told = Mixture(torch.rand(50, 7), torch.ones(50, 7), log_mass, torch.zeros(50), None, None)
+    flat = calibration.sharpened(told, 0.5, 2.0)
+    assert torch.allclose(flat.log_mass.exp().sum(1), torch.ones(50), atol=1e-5)
+    assert (flat.log_mass.max(1).values <= log_mass.max(1).values + 1e-6).all() and torch.equal(flat.scale, 2 * told.scale)
+
+
+def test_pose_errors_are_small_rigid_and_a_function_of_the_clip(parts):
+    config = tiny("train.pose_error_m=0.03", "train.pose_error_deg=0.05")
+    clip = clips_of(parts[0].log)[0]
+    history = history_of(clip)
+    first, second = (_PoseErrors(config, clip.id)(history) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first.points, second.points, strict=True))
+    assert np.array_equal(first.points[-1], history.points[-1])
+    moved = np.linalg.norm(first.points[0] - history.points[0], axis=1)
+    assert 0 < moved.max() < 0.5
+    pose = first.present_from_sensor[0][:3, :3]
+    np.testing.assert_allclose(pose @ pose.T, np.eye(3), atol=1e-4)
+    still = _PoseErrors(tiny("train.pose_error_m=0.0", "train.pose_error_deg=0.0"), clip.id)(history)
+    assert still is history
