@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import dataclasses
     import os
+    import sys
     from pathlib import Path
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
     reporters = {}
 
     def report(stage: str, done: int, total: int, text: str) -> None:
-        reporters.setdefault(stage, reporter(stage))(done, total, text)
+        if total == 1:
+            print(f"{stage}: {text}", file=sys.stderr, flush=True)
+        else:
+            reporters.setdefault(stage, reporter(stage))(done, total, text)
 
     output = Path(args.output)
     result = demo(output, [Path(p) for p in args.logs], size, report)
