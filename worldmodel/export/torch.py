@@ -9,6 +9,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from sensors.data import Part
 from sensors.errors import UsageError, WmError, one_line
 from sensors.files import check_folder, commit_folder, read_whole
 from worldmodel.encoders import standalone
@@ -25,7 +27,7 @@ from worldmodel.trained import Trained
 LIMIT = 1 << 32
 
 
-def export(trained: Trained, folder: Path, about: dict[str, Any], sample: torch.Tensor) -> dict[str, Any]:
+def export(trained: Trained, folder: Path, about: dict[str, Any], sample: torch.Tensor, parts: Sequence[Part]) -> dict[str, Any]:
     """Write the export of a trained run's encoder to the new folder; sample (N,F) f32 is a cloud with the encoder's columns."""
     config = trained.config.encoder
     if config.build:

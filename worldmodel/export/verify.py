@@ -1,4 +1,11 @@
-"""What every target's export goes through: found by name, written once, read back as its target would read it."""
+"""What every target's export goes through: found by name, written once, read back as its target would read it.
+
+A target is one file beside this one with
+
+    export(trained, folder, about, sample, parts) -> manifest      # writes the new folder by `sensors.files.commit_folder`
+    verify(folder) -> {"loaded", "tensors", "expected", "missing", "unexpected", "mismatched", "difference"}      # reads it as the target would
+    snippet(folder) -> str                                         # what the user does next
+"""
 
 from __future__ import annotations
 
@@ -44,7 +51,7 @@ def export(run: Path, target: str, folder: Path, parts: list[Part]) -> dict[str,
                   "padded_slots": config.encoder.padded_slots, "input_yaw_deg": config.encoder.input_yaw_deg},
     }  # fmt: skip
     module = importlib.import_module(f"worldmodel.export.{target}")
-    module.export(trained, folder, about, sample_cloud(trained, parts))
+    module.export(trained, folder, about, sample_cloud(trained, parts), parts)
     return verify(folder)
 
 
