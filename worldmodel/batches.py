@@ -233,7 +233,8 @@ def _colours(clip: Clip, frame: Frame, rays: Rays) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """One clip in one step, after drawing, augmenting and withholding; newest: its newest past sweep without anything withheld."""
+    """One clip in one step, after drawing, augmenting and withholding; newest: its newest past sweep without anything withheld. A visit of the
+    prior alone has no clouds and no rays that are read with the state."""
 
     id: str
     past: tuple[Array, ...]
@@ -246,23 +247,25 @@ class Visit:
     prior: RayTable
 
 
-def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augment: bool = True) -> Visit:
-    """What the step at (epoch, position) sees of a clip."""
+def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augment: bool = True, with_state: bool = True) -> Visit:
+    """What the step at (epoch, position) sees of a clip; without state: only rays for the prior."""
     train = config.train
     rng = rng_of(config.seed, epoch, position, prepared.id)
     stateful, prior = [], []
+    read = train.rays if with_state else 0
     for step in (0, *prepared.instants):
-        rows = rng.permutation(np.flatnonzero(prepared.rays.columns["step"] == step))[: train.rays + train.prior_rays]
-        stateful.append(rows[: train.rays])
-        prior.append(rows[train.rays :])
+        rows = rng.permutation(np.flatnonzero(prepared.rays.columns["step"] == step))
+        stateful.append(rows[:read])
+        prior.append(rows[read : read + train.prior_rays if step else read])  # of the present there is no evidence
     tables = [prepared.rays.take(np.concatenate(rows)) for rows in (stateful, prior)]
-    past, pick = list(prepared.past), int(rng.integers(max(len(prepared.future), 1)))
-    future = prepared.future[pick] if prepared.future else np.zeros((0, 5), np.float32)
+    nothing = np.zeros((0, 5), np.float32)
+    past, pick = list(prepared.past) if with_state else [nothing], int(rng.integers(max(len(prepared.future), 1)))
+    future = prepared.future[pick] if prepared.future and with_state else nothing
     future_step = prepared.instants[pick] - 1 if prepared.future else 0
     present, newest = np.ones(len(past), bool), past[0]
     for table in tables:
         table.columns["hidden"] = np.zeros(len(table), bool)
-        table.columns["with_evidence"] = np.ones(len(table), bool)
+        table.columns["with_evidence"], table.columns["told"] = np.ones(len(table), bool), np.ones(len(table), bool)
     if augment:
         turn = _turn(rng, config)
         past = [_turned(points[rng.random(len(points)) >= train.point_drop * rng.random()], turn) for points in past]
@@ -275,10 +278,12 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
             past, present, tables = _withheld(rng, past, present, tables)
         for table in tables:
             _drop_sweep(rng, table, train.sweep_drop, config.model.past)
-        tables[0].columns["with_evidence"] &= rng.random(len(tables[0])) < train.evidence_share
+        draw = rng.random(len(tables[0]))
+        tables[0].columns["told"] = draw < train.evidence_share
+        tables[0].columns["with_evidence"] &= draw < train.evidence_share + train.positions_share
     for table in tables:
-        readings = np.concatenate((table.columns["quadrants"].reshape(len(table), -1), table.columns["nearest"]), 1)
-        table.columns["with_evidence"] &= (~np.isnan(readings)).any(1)
+        c = table.columns
+        c["with_evidence"] &= ~(np.isnan(c["quadrants"]).all((1, 2)) & np.isnan(c["nearest"]).all(1))
     if config.model.join_sweeps:
         past, present = list(joined(past, config)), np.ones(1, bool)
     return Visit(prepared.id, tuple(past), present, newest, future, future_step, prepared.times_s, tables[0], tables[1])
@@ -397,10 +402,11 @@ def ray_input(table: RayTable, of: Array, device: torch.device | str = "cpu") ->
 
     fields = {name: tensor(name) for name in RAY_COLUMNS}
     if "with_evidence" in table.columns:
-        keep = tensor("with_evidence")
+        keep, told = tensor("with_evidence"), tensor("told")
     else:
         keep = ~torch.cat((fields["quadrants"].flatten(1), fields["nearest"]), 1).isnan().all(1)
-    return RayInput(of=torch.from_numpy(of).to(device), with_evidence=keep, **fields)
+        told = torch.ones_like(keep)
+    return RayInput(of=torch.from_numpy(of).to(device), with_evidence=keep, told=told, **fields)
 
 
 COLUMNS = ("x", "y", "z", "intensity", "dt")
@@ -413,17 +419,19 @@ def clouds_of(clouds: Sequence[Array], encoder: Encoder, device: torch.device | 
     return Clouds(torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device), tuple(len(c) for c in clouds))
 
 
-def collate(visits: Sequence[Visit], config: Config, device: torch.device | str = "cpu") -> Batch:
-    """Visits -> a batch: the rays that are read with the state first."""
+def collate(visits: Sequence[Visit], config: Config, device: torch.device | str = "cpu", *, future: bool = True) -> Batch:
+    """Visits -> a batch: the rays that are read with the state first, which the first visits have; future: with the clouds whose latents are to
+    be foretold."""
     tables = [v.stateful for v in visits] + [v.prior for v in visits]
+    seen = [v for v in visits if len(v.stateful)]
     of = np.concatenate([np.full(len(t), i % len(visits), np.int64) for i, t in enumerate(tables)])
     table = RayTable({name: np.concatenate([t.columns[name] for t in tables]) for name in tables[0].columns})
     encoder = config.encoder
     tensor = lambda name: torch.from_numpy(np.ascontiguousarray(table.columns[name])).to(device)  # noqa: E731
     return Batch(
-        clouds=clouds_of([p for v in visits for p in v.past], encoder, device),
-        present=torch.from_numpy(np.stack([v.present for v in visits])).to(device),
-        times_s=torch.from_numpy(np.stack([v.times_s for v in visits]).astype(np.float32)).to(device),
+        clouds=clouds_of([p for v in seen for p in v.past], encoder, device),
+        present=torch.from_numpy(np.stack([v.present for v in seen])).to(device),
+        times_s=torch.from_numpy(np.stack([v.times_s for v in seen]).astype(np.float32)).to(device),
         rays=ray_input(table, of, device),
         stateful=sum(len(v.stateful) for v in visits),
         ranges=tensor("range").float(),
@@ -431,7 +439,7 @@ def collate(visits: Sequence[Visit], config: Config, device: torch.device | str 
         hidden=tensor("hidden"),
         intensity=tensor("intensity").float(),
         colour=tensor("colour").float(),
-        future=clouds_of([v.future for v in visits] + [v.newest for v in visits], encoder, device) if len(visits[0].future) else None,
-        future_step=torch.tensor([v.future_step for v in visits], device=device),
+        future=clouds_of([v.future for v in seen] + [v.newest for v in seen], encoder, device) if future and len(seen[0].future) else None,
+        future_step=torch.tensor([v.future_step for v in seen], device=device),
         clips=tuple(v.id for v in visits),
     )

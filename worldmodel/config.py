@@ -83,17 +83,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    """clips: per step. rays, prior_rays: read with the state and without it, per clip and instant; stored_rays: drawn once per clip and instant, of
+    """clips: per step, prior_clips: more of them, for the prior alone. rays, prior_rays: read with the state and without it, per clip and instant; stored_rays: drawn once per clip and instant, of
     which each visit takes some; instants: future frames asked about per clip, beside the present. every_s: spacing of the clips' t = 0.
-    hidden_share: of the clips get a region hidden; evidence_share: of the rays with state keep their evidence; newest_share: of the clips show
-    the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep. pose_error_m,
-    pose_error_deg: largest deviation of the errors that a clip's poses are given. validation: share of the clips held
-    out, whole logs where there are several. cache_gb: memory for prepared clips. seconds: stop after so much wall time, which the learning
-    rate then follows (0: by steps alone). autocast: auto, bf16 or off; channels_last: auto, on or off."""
+    hidden_share: of the clips get a region hidden; evidence_share: of the rays with state keep their evidence, positions_share: keep where its
+    readings lie and nothing else; newest_share: of the clips show the encoder the newest sweep alone; sweep_drop: chance that a ray loses the
+    evidence of one past sweep. pose_error_m, pose_error_deg: largest deviation of the errors that a clip's poses are given. validation: share
+    of the clips held out, whole logs where there are several. cache_gb: memory for prepared clips. seconds: stop after so much wall time,
+    which the learning rate then follows (0: by steps alone). autocast: auto, bf16 or off; channels_last: auto, on or off."""
 
     steps: int
     seconds: float
     clips: int
+    prior_clips: int
     rays: int
     prior_rays: int
     stored_rays: int
@@ -106,6 +107,7 @@ class Train:
     crps_weight: float
     hidden_share: float
     evidence_share: float
+    positions_share: float
     newest_share: float
     sweep_drop: float
     rotate: bool
@@ -166,6 +168,11 @@ def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
 def config_of(tree: Mapping[str, Any], source: str) -> Config:
     """The typed configuration of a complete tree; UsageError names the key that is wrong."""
     return _typed(Config, tree, "", source)  # type: ignore[no-any-return]
+
+
+def encoder_of(tree: Mapping[str, Any], source: str) -> Encoder:
+    """The typed configuration of an encoder alone, as an export holds it; UsageError names the key that is wrong."""
+    return _typed(Encoder, tree, "", source)  # type: ignore[no-any-return]
 
 
 def tree_of(config: Config) -> dict[str, Any]:

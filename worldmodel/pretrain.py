@@ -32,8 +32,9 @@ from worldmodel.evaluate import laplace_scales
 from worldmodel.model import Batch, WorldModel
 from worldmodel.rundir import Journal
 
-Loss = Callable[[WorldModel, Batch, Any], Tensor]
+Loss = Callable[[WorldModel, Batch, Any], Tensor | None]  # None: this batch asks nothing of it
 PREFETCH, LOADERS = 3, 2
+FUTURE_EVERY = 4  # steps from one with the future sweep's latent to the next: encoding it costs as much as encoding the input
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
 
@@ -92,6 +93,7 @@ class Source:
     def __init__(self, clips: Sequence[Clip], weights: Sequence[float], config: Config, *, rank: int = 0, world: int = 1) -> None:
         self.clips, self.weights, self.config = clips, np.asarray(weights, float), config
         self.rank, self.world = rank, world
+        self.per_step = config.train.clips + config.train.prior_clips
         self.kept: dict[int, Prepared] = {}
         self.bytes = 0
         self.unreadable: dict[str, str] = {}
@@ -110,7 +112,7 @@ class Source:
         """Prepare clips, in the order of their first visit, until all are kept or memory is used up: beside the training this would take twice
         as long, since both want all cores. Each rank prepares what it will be asked first."""
         todo = list(dict.fromkeys(self.order(0)))[self.rank :: self.world]
-        most = self.config.train.steps * self.config.train.clips
+        most = self.config.train.steps * self.per_step
         done = 0
 
         def one(index: int) -> None:
@@ -146,21 +148,22 @@ class Source:
     def batch(self, step: int) -> Batch:
         """The batch of a step on this rank. A clip that turns out unreadable is counted and the next one in the list takes its place."""
         visits = []
-        for slot in range(self.config.train.clips):
-            position = (step * self.world + self.rank) * self.config.train.clips + slot
+        read = self.config.train.clips
+        for slot in range(self.per_step):
+            position = (step * self.world + self.rank) * self.per_step + slot
             epoch, index = self.at(position)
             for attempt in range(len(self.clips)):
                 at = (index + attempt) % len(self.clips)
                 if self.clips[at].id in self.unreadable:
                     continue
                 try:
-                    visits.append(visit(self.prepared(at), self.config, epoch, position))
+                    visits.append(visit(self.prepared(at), self.config, epoch, position, with_state=slot < read))
                     break
                 except WmError as error:
                     self.unreadable[self.clips[at].id] = one_line(error)
             else:
                 raise WmError("no clip of the data is readable; run `wm check` on the store")
-        return collate(visits, self.config)
+        return collate(visits, self.config, future=step % FUTURE_EVERY == 0)
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
         """Batches first..last-1, the next ones made in threads meanwhile (the kernels release the interpreter's lock)."""
@@ -322,8 +325,7 @@ def train(
                 group["lr"] = group["peak"] * schedule(progress, tc.warmup / tc.steps)
             with autocast:
                 output = model(batch)
-                terms = {name: loss(model, batch, output) for name, loss in losses.items()}
-            assert terms.keys() == config.objectives.keys()
+                terms = {name: term for name, loss in losses.items() if (term := loss(model, batch, output)) is not None}
             total = torch.stack([config.objectives[name] * term.float() for name, term in terms.items()]).sum()
             if not torch.isfinite(total):
                 wrong = [name for name, term in terms.items() if not torch.isfinite(term)]

@@ -19,18 +19,19 @@ from worldmodel import calibration, checkpoint, forecast, rundir
 from worldmodel.batches import clouds_of, joined, past_clouds, ray_input, ray_table, state_from_ego
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import WorldModel
-from worldmodel.validation import without_evidence
+from worldmodel.validation import untold_evidence, without_evidence
 
 Array = NDArray[Any]
 
 CHUNK = 8192
-MODEL, EVIDENCE_ONLY, NO_EVIDENCE = "model", "evidence_only", "model@no_evidence"
+MODEL, EVIDENCE_ONLY, POSITIONS, NO_EVIDENCE = "model", "evidence_only", "model@positions", "model@no_evidence"
 
 
 class Trained:
-    """A run's model, ready to answer. `arms`: the model itself, what its evidence says alone, and the model with all evidence withheld."""
+    """A run's model, ready to answer. `arms`: the model itself, what its evidence says alone, the model that is told nothing of the readings but
+    where they lie, and the model with all evidence withheld."""
 
-    arms = (MODEL, EVIDENCE_ONLY, NO_EVIDENCE)
+    arms = (MODEL, EVIDENCE_ONLY, POSITIONS, NO_EVIDENCE)
 
     def __init__(self, run: Path, which: str = "best", device: str | torch.device = "cpu") -> None:
         self.run, self.device = run, torch.device(device)
@@ -95,9 +96,10 @@ class Trained:
                     answers[EVIDENCE_ONLY] = head.mixture(*prior[:2], prior[3])
                 if MODEL in arms:
                     answers[MODEL] = self.model.read(states, rays, len(rays.origin), *prior)
-            if NO_EVIDENCE in arms:
-                blind = without_evidence(rays)
-                answers[NO_EVIDENCE] = self.model.read(states, blind, len(rays.origin), *head.prior(blind))
+            for arm, less in ((POSITIONS, untold_evidence), (NO_EVIDENCE, without_evidence)):
+                if arm in arms:
+                    asked = less(rays)
+                    answers[arm] = self.model.read(states, asked, len(rays.origin), *head.prior(asked))
         return answers
 
     def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays]) -> dict[str, list[forecast.Mixture]]:

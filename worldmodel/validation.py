@@ -73,17 +73,19 @@ class HeldOut:
     def measure(self, model: WorldModel, autocast: AbstractContextManager[Any], device: torch.device) -> dict[str, Any]:
         """loss (validation ray_forecast: with evidence and without, averaged), scalars, health and the calibration table."""
         model.eval()
-        parts: dict[str, list[Mixture]] = {"model": [], "evidence_only": [], "model@no_evidence": []}
+        parts: dict[str, list[Mixture]] = {"model": [], "evidence_only": [], "model@positions": [], "model@no_evidence": []}
         truth, latents, errors, copies = [], [], 0.0, 0.0
         for batch in self.batches:
             batch = to(batch, device)
             with autocast:
                 output = model(batch)
                 blind = model(dataclasses.replace(batch, rays=without_evidence(batch.rays)))
+                untold = model(dataclasses.replace(batch, rays=untold_evidence(batch.rays)))
             n = batch.stateful
             parts["model"].append(_first(output.model, n))
             parts["evidence_only"].append(_first(output.prior, n))
             parts["model@no_evidence"].append(_first(blind.model, n))
+            parts["model@positions"].append(_first(untold.model, n))
             truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu()))
             latents.append(output.latents[:, 0].float().cpu())
             if batch.future is not None:
@@ -134,6 +136,10 @@ class HeldOut:
 
 def without_evidence(rays: RayInput) -> RayInput:
     return dataclasses.replace(rays, with_evidence=torch.zeros_like(rays.with_evidence))
+
+
+def untold_evidence(rays: RayInput) -> RayInput:
+    return dataclasses.replace(rays, told=torch.zeros_like(rays.told))
 
 
 def _first(mixture: Mixture, count: int) -> Mixture:

@@ -2,7 +2,7 @@
 
 A ray is read at P positions sorted by range. With evidence they are the readings of the past (quadrants and interpolation of each sweep,
 and of the displaced copies of the newest) and geometric bins from 2 to 56.4 m for surfaces that nobody has seen; without evidence they are
-P finer bins. Each position gets a hazard h, a centre m and a scale s; p_i = h_i prod_{j<i} (1 - h_j), and F(r) = sum_i p_i Laplace CDF.
+P finer bins. Between the two: the readings are positions, and the state alone has to say which of them holds. Each position gets a hazard h, a centre m and a scale s; p_i = h_i prod_{j<i} (1 - h_j), and F(r) = sum_i p_i Laplace CDF.
 That one F serves the loss, the median, the quantiles, CRPS and PIT.
 
 Two parts add up at every position. The *prior* part knows the ray alone: its evidence, or, without any, its elevation and horizon; on
@@ -44,7 +44,8 @@ def constant_density_logits(count: int) -> Tensor:
 class RayInput:
     """N rays as the head sees them. origin, direction (N,3) f32 in the frame of the state; of (N,) i64: which clip of the batch; step (N,) i64:
     0 = present, 1.. = future instants; horizon_s (N,); bearing (N,3): elevation, sine and cosine of azimuth in the sensor's frame.
-    Evidence as in `sensors.evidence` (S readings, T sweeps), NaN where absent; with_evidence (N,) bool is False where it is withheld."""
+    Evidence as in `sensors.evidence` (S readings, T sweeps), NaN where absent; with_evidence (N,) bool is False where it is withheld, told (N,)
+    bool is False where its readings are only places to look at, and nothing else of them is known."""
 
     origin: Tensor
     direction: Tensor
@@ -53,6 +54,7 @@ class RayInput:
     horizon_s: Tensor
     bearing: Tensor
     with_evidence: Tensor
+    told: Tensor
     quadrants: Tensor
     interpolated: Tensor
     nearest: Tensor
@@ -120,13 +122,14 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
     seen_there = ~seen.isnan()
     seen = seen.nan_to_num(0.0)
     point = rays.origin + rays.direction * reference
-    scalars = torch.cat(
-        (torch.log(reference) - 2.5, rays.bearing, rays.horizon_s[:, None], point[:, 2:] * 0.5, rays.origin[:, :2].norm(dim=1, keepdim=True) * 0.1), 1
-    )
-    features = torch.cat(
+    told = rays.told[:, None]
+    of_readings = torch.cat(
         (2 * log, torch.tanh(25 * log), torch.tanh(200 * log), there.flatten(1), offsets.flatten(1), angle,
-         torch.tanh(seen * 2), torch.tanh(seen * 0.2), seen_there, scalars), 1
+         torch.tanh(seen * 2), torch.tanh(seen * 0.2), seen_there, torch.log(reference) - 2.5), 1
     )  # fmt: skip
+    features = torch.cat(
+        (of_readings * told, rays.bearing, rays.horizon_s[:, None], point[:, 2:] * 0.5 * told, rays.origin[:, :2].norm(dim=1, keepdim=True) * 0.1), 1
+    )
     return features, candidates.flatten(1), there[:, :, :5].flatten(1)
 
 

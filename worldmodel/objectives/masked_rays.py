@@ -8,7 +8,9 @@ from torch import Tensor
 from worldmodel.model import Batch, Output, WorldModel
 
 
-def loss(model: WorldModel, batch: Batch, output: Output) -> Tensor:
+def loss(model: WorldModel, batch: Batch, output: Output) -> Tensor | None:
     weight = (batch.hidden.float() * batch.weight)[: batch.stateful]
+    if not weight.any():
+        return None
     density = output.model.log_density(batch.ranges[: batch.stateful])
     return -(density * weight).sum() / weight.sum().clamp(min=1.0)

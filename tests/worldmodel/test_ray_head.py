@@ -1,0 +1,59 @@
+"""What the ray head may know of evidence that it is told, half told and not told."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from worldmodel.heads.rays import RayHead, RayInput
+
+SWEEPS, READINGS = 3, 5
+
+
+def rays(count=6, *, told=True, with_evidence=True):
+    g = torch.Generator().manual_seed(0)
+    uniform = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
+    direction = torch.nn.functional.normalize(uniform(count, 3) - 0.5, dim=1)
+    return RayInput(
+        origin=uniform(count, 3), direction=direction, of=torch.zeros(count, dtype=torch.long), step=torch.ones(count, dtype=torch.long),
+        horizon_s=torch.full((count,), 0.4), bearing=uniform(count, 3), with_evidence=torch.full((count,), with_evidence),
+        told=torch.full((count,), told), quadrants=5 + 30 * uniform(count, READINGS, 4), interpolated=5 + 30 * uniform(count, READINGS),
+        nearest=5 + 30 * uniform(count, READINGS), offsets=0.01 * uniform(count, READINGS, 4, 2), angle=0.01 * uniform(count, READINGS),
+        seen=uniform(count, SWEEPS, SWEEPS) - 0.5,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    return RayHead(SWEEPS, READINGS, bins=6, width=16, latent_channels=4, latent_width=8).eval()
+
+
+def test_readings_that_are_not_told_are_positions_and_nothing_else(head):
+    untold = rays(told=False)
+    position, raw, kind, candidate, hidden = head.prior(untold)
+    assert candidate.sum(1).eq(5 * READINGS).all()
+    expected = torch.cat((torch.cat((untold.quadrants, untold.interpolated[:, :, None]), 2).flatten(1), head.bin_centre.expand(6, -1)), 1)
+    torch.testing.assert_close(position, expected.sort(1).values)
+    other = dataclasses.replace(
+        untold, quadrants=untold.quadrants.flip(0), nearest=untold.nearest * 2, offsets=untold.offsets * 3, angle=untold.angle * 2, seen=-untold.seen
+    )
+    torch.testing.assert_close(head.prior(other)[4], hidden)
+    by_kind = lambda raw, kind: torch.stack([raw[:, 0][kind == k].mean() for k in range(READINGS + 1)])  # noqa: E731
+    found = head.prior(other)
+    torch.testing.assert_close(by_kind(found[1], found[2]), by_kind(raw, kind))
+
+
+def test_told_readings_matter(head):
+    asked = rays()
+    hidden = head.prior(asked)[4]
+    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, seen=-asked.seen))[4])
+    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, told=~asked.told))[4])
+
+
+def test_withheld_readings_leave_no_trace(head):
+    blind = rays(with_evidence=False)
+    first, second = head.prior(blind), head.prior(dataclasses.replace(blind, quadrants=blind.quadrants * 2, nearest=blind.nearest * 2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert not first[3].any()
