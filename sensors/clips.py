@@ -78,6 +78,31 @@ def clips_of(
     return clips
 
 
+def clips_at(log: Log, stamps_ns: Array, *, past: int = 5, rate_hz: float = 5.0, from_ns: int | None = None) -> list[Clip]:
+    """Clips without future, t = 0 at the reference LiDAR's sweep of each stamp (S,) i64. Their past has up to `past` frames: as many as there
+    are from t = 0 backwards without a gap of sweeps or poses, none before from_ns. A stamp without sweep or pose gives no clip."""
+    lidar = log.reference_lidar
+    stamps = log.sweep_stamps_ns[lidar]
+    if log.poses is None or not len(stamps):
+        return []
+    known, slack_ns = log.poses.stamps_ns, int(0.1e9)
+    usable = (stamps >= max(from_ns or 0, known[0] - slack_ns)) & (stamps <= known[-1] + slack_ns)
+    tolerance_ns = 0.5e9 / log.lidars[lidar].rate_hz
+    back = np.round(np.arange(past) * 1e9 / rate_hz).astype(np.int64)
+    clips = []
+    for stamp in stamps_ns:
+        index = nearest_index(stamps, stamp - back)
+        good = usable[index] & (np.abs(stamps[index] - (stamp - back)) <= tolerance_ns)
+        good[0] &= stamps[index[0]] == stamp
+        good[1:] &= np.diff(index) < 0
+        count = past if good.all() else int(np.argmin(good))
+        while count and _pose_gap(log, stamps[index[:count]]):
+            count -= 1
+        if count:
+            clips.append(Clip(log, lidar, tuple(frames_at(log, index[:count][::-1], lidar)), ()))
+    return clips
+
+
 def _pose_gap(log: Log, stamps_ns: Array, longest_s: float = 0.5) -> bool:
     """Whether poses are farther apart than longest_s around any of the stamps (N,)."""
     if log.poses is None or len(log.poses.stamps_ns) < 2:

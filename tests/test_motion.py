@@ -92,8 +92,8 @@ def test_what_moves_is_found_with_its_velocity_and_the_rest_stands(box, velocity
     body = on(points, box)
     assert body.sum() > 20
     error = np.linalg.norm(motion.velocity[body, :2] - velocity, axis=1)
-    assert np.mean(error < 0.5) > 0.8
-    assert np.mean(motion.cluster[body] >= 0) > 0.8
+    assert np.mean(error < 0.5) > 0.9
+    assert np.mean(motion.cluster[body] >= 0) > 0.9
     assert np.mean(motion.cluster[beside(points, box)] >= 0) < 0.001
     assert (motion.velocity[motion.cluster < 0] == 0).all() and (motion.alternative[motion.cluster < 0] == 0).all()
     assert (motion.velocity[:, 2] == 0).all()
@@ -131,6 +131,19 @@ def test_the_scene_ahead_has_the_mover_where_it_will_be_and_the_wall_where_it_wa
             assert np.median(error[rays]) < 0.1
             assert error[rays].mean() < 0.35 * static[rays].mean()
     assert ahead(past, sensor, 0.0, 0) is None
+
+
+def test_what_is_seen_through_now_is_not_added_to_a_mover():
+    box, velocity = (10.0, 4.0, *CAR), np.array((8.0, 0.0))
+    past, _ = history([(box, velocity)])
+    # in one older sweep something floats over the car as it was then, where the newest sweep sees the wall behind
+    at = np.array((box[0], box[1], 1.75)) + np.random.default_rng(0).normal(0, 0.02, (50, 3))
+    older = np.concatenate((past.points[1], (at + np.array((*velocity, 0.0)) * TIMES_S[1]).astype(np.float32)))
+    points = (past.points[0], older, *past.points[2:])
+    dark = tuple(np.zeros(len(p), np.float32) for p in points)
+    motion = motion_of(History(points, dark, past.times_s, past.present_from_sensor, STEP_RAD))
+    assert on(motion.movers, box).sum() > 1500
+    assert (np.linalg.norm(motion.movers - at.mean(0), axis=1) < 0.08).sum() == 0
 
 
 def test_evidence_carries_the_displaced_scene_beside_the_sweeps():

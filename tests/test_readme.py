@@ -252,10 +252,16 @@ def test_own_data_goes_through_as_the_readme_says(folder, monkeypatch, capsys):
     table = next(text for line, text in said.items() if line.startswith("evaluate"))
     assert all(name in table for name in ("model", "evidence_only", "accumulate_nearest"))
 
-    (snippet,) = blocks(ROOT / "README.md", "python")
-    exec(compile(snippet, "README.md", "exec"), {})
+    forecasting, training = blocks(ROOT / "README.md", "python")
+    exec(compile(forecasting, "README.md", "exec"), {})
     horizons = re.findall(r"^(\d\.\d) s: \d+\.\d\d m over \d+ rays$", capsys.readouterr().out, re.MULTILINE)
     assert horizons == ["0.2", "0.4", "0.6", "0.8", "1.0"]
+
+    lines = training.partition("import worldmodel\n")[2].strip().splitlines()
+    assert len(lines) <= 10
+    made = {}
+    exec(compile(training, "README.md", "exec"), made)
+    assert len(made["levels"]) == len(made["encoder"].out_indices) and made["loss"].item() > 0
 
 
 @pytest.mark.slow

@@ -18,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="stores or YAML files to take the cloud from that the proof is made on (default: a made-up one)",
     )
+    parser.add_argument(
+        "--intensity",
+        type=float,
+        metavar="MAX",
+        default=None,
+        help="largest intensity that the target's loader gives, 1 or 255, to be folded into the weights (default: as its dataset has it)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -32,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     source = Path(args.run)
     folder = Path(args.output) if args.output else source / f"export-{args.to}"
-    report = export(source, args.to, folder, [part for path in args.data for part in open_data(path)])
+    report = export(source, args.to, folder, [part for path in args.data for part in open_data(path)], intensity=args.intensity)
     if args.json:
         print_json("export", folder=str(folder), **report)
     else:

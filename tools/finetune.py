@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 HELP = "train a labelled task from a run's encoder, beside scratch and frozen encoders"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", required=True, dest="source", metavar="RUN", help="a run folder of `wm pretrain`")
+    parser.add_argument(
+        "--from", required=True, dest="source", metavar="RUN", help="a run folder of `wm pretrain`, or an export of `wm export --to torch`"
+    )
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="D", help="stores, or YAML files of parts of stores, with labelled logs to train on"
     )
     parser.add_argument("--test", nargs="+", metavar="D", default=None, help="the same to test on (default: a quarter of the logs of --data)")
-    parser.add_argument("--task", metavar="NAME", default="bev_segmentation", help="what to learn (default: %(default)s: vehicles seen from above)")
+    parser.add_argument(
+        "--task", metavar="NAME", default="bev_segmentation", help="what to learn: detection, or bev_segmentation (default), vehicles seen from above"
+    )
     parser.add_argument(
         "--arms", nargs="+", metavar="ARM", default=None, help="of scratch, pretrained, pretrained_frozen, random_frozen (default: all)"
     )
@@ -25,6 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", metavar="N", type=int, default=None, help="at most so many steps an arm (default: until it stops improving, at most 900)"
     )
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        default=None,
+        help="write what each trained detector finds on the test data, as nuScenes, KITTI and SemanticKITTI have it, into a new folder",
+    )
+    parser.add_argument(
+        "--tables",
+        metavar="DIR",
+        default=None,
+        help="the nuScenes folder that the test logs come from: results are written for its samples, and scored by nuScenes' development kit",
+    )
     parser.add_argument("-o", "--output", metavar="FILE", default=None, help="write every result with its curve, as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -37,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from sensors.errors import UsageError
     from sensors.files import write_json
     from worldmodel import finetune
-    from worldmodel.tools.terminal import print_json, print_table, reporter
+    from worldmodel.tools.terminal import print_json, reporter
 
     train = [part for path in args.data for part in open_data(path)]
     if args.test:
@@ -51,20 +68,73 @@ def run(args: argparse.Namespace) -> int:
     plan = finetune.Plan(threads=args.threads)
     if args.steps is not None:
         plan = dataclasses.replace(plan, most_steps=args.steps, every=max(1, min(40, args.steps // 4)))
+    finished, scores = _results(args, test, plan.every_s)
     results = finetune.finetune(Path(args.source), train, test, task_name=args.task, arms=args.arms or finetune.ARMS, seeds=range(args.seeds),
-                                fractions=args.fractions, plan=plan, report=reporter("trial"))  # fmt: skip
+                                fractions=args.fractions, plan=plan, report=reporter("trial"), finished=finished)  # fmt: skip
     rows = finetune.summary(results)
     if args.output:
-        write_json(Path(args.output), {"rows": rows, "results": finetune.as_json(results)})
+        write_json(Path(args.output), {"rows": rows, "results": finetune.as_json(results), "devkit": scores})
     if args.json:
-        print_json("finetune", task=args.task, run=args.source, rows=rows)
-        return 0
-    number = lambda value: "" if value is None else f"{value:+.3f}"  # noqa: E731
-    print_table(
-        f"{args.task}: IoU on {len({p.log.id for p in test})} test logs, mean over seeds",
-        ["labels", "arm", "logs", "frames", "IoU", "std", "minus scratch", "std", "steps"],
-        [(f"{r['fraction']:.0%}", r["arm"], r["logs"], r["frames"], f"{r['iou_mean']:.3f}", "" if r["iou_std"] is None else f"{r['iou_std']:.3f}",
-          number(r["minus_scratch"]), "" if r["minus_scratch_std"] is None else f"{r['minus_scratch_std']:.3f}",
-          f"{r['steps_mean']:.0f}") for r in rows],
-    )  # fmt: skip
+        print_json("finetune", task=args.task, run=args.source, rows=rows, devkit=scores)
+    else:
+        _show(args.task, len({p.log.id for p in test}), rows, scores)
     return 0
+
+
+def _results(args: argparse.Namespace, test: list[Any], every_s: float) -> tuple[Any, list[dict[str, Any]]]:
+    """What is done with each finished trial (None: nothing), and the list that the devkit's scores will stand in."""
+    from pathlib import Path
+
+    from sensors.adapters.nuscenes import keyframes, tables_of
+    from sensors.errors import UsageError
+    from worldmodel import results
+    from worldmodel.devkit import Devkit
+
+    scores: list[dict[str, Any]] = []
+    if args.results is None:
+        if args.tables is not None:
+            raise UsageError("--tables: what is scored are the files of --results; give that too")
+        return None, scores
+    folder = Path(args.results)
+    tables, devkit = {}, None
+    if args.tables is not None:
+        version = tables_of(Path(args.tables), {})
+        tables = keyframes(version, {part.log.id for part in test})
+        if not tables:
+            raise UsageError(f"--tables {args.tables}: has no scene of the test logs (nuscenes/NAME); give the folder they were ingested from")
+        devkit = Devkit(version)
+    results.check(folder, args.task, test, tables)
+
+    def finished(trial: Any, result: Any) -> None:
+        about = {"arm": result.arm, "fraction": result.fraction, "seed": result.seed, "task": args.task, "from": Path(args.source).name}
+        own = folder / f"{result.arm}-{result.fraction:g}-{result.seed}"
+        results.write(own, trial, test, tables, every_s, about)
+        if devkit is not None:
+            scenes = {log.removeprefix("nuscenes/") for log in tables}
+            scores.append({**about, "results": str(own), **devkit.score(own / "nuscenes.json", scenes)})
+
+    return finished, scores
+
+
+def _show(task: str, logs: int, rows: list[dict[str, Any]], scores: list[dict[str, Any]]) -> None:
+    import importlib
+
+    from worldmodel.tools.terminal import print_table
+
+    name = importlib.import_module(f"worldmodel.downstream.{task}").SCORE
+    number = lambda value: "" if value is None else f"{value:+.3f}"  # noqa: E731
+    spread = lambda value: "" if value is None else f"{value:.3f}"  # noqa: E731
+    print_table(
+        f"{task}: {name} on {logs} test logs, mean over seeds",
+        ["labels", "arm", "logs", "frames", name, "std", "minus scratch", "std", "steps"],
+        [(f"{r['fraction']:.0%}", r["arm"], r["logs"], r["frames"], f"{r['score_mean']:.3f}", spread(r["score_std"]),
+          number(r["minus_scratch"]), spread(r["minus_scratch_std"]), f"{r['steps_mean']:.0f}") for r in rows],
+    )  # fmt: skip
+    if scores:
+        classes = sorted({c for row in scores for c in row["classes"]})
+        print_table(
+            "nuScenes development kit: mAP and NDS over its ten classes; AP of those that the test logs hold",
+            ["arm", "labels", "seed", "mAP", "NDS", *classes],
+            [(r["arm"], f"{r['fraction']:.0%}", r["seed"], f"{r['mAP']:.3f}", f"{r['NDS']:.3f}", *(f"{r['AP'][c]:.3f}" for c in classes))
+             for r in scores],
+        )  # fmt: skip

@@ -1,5 +1,17 @@
 """Does pretraining pay: the same head and schedule from pretrained weights, from scratch, and on frozen encoders.
 
+A task is one file of `worldmodel/downstream/`, found by its name, with
+
+    SCORE                                          what its score is called; higher is better
+    example_of(clip, labels, config) -> example    a labelled frame; `example.log` and `example.points`, the rest is the task's
+    turned(example, yaw_rad, mirror) -> example    the same scene seen otherwise, for augmentation
+    targets(example, grid) -> {name: array}        what a head should say on the encoder's map
+    Head(channels)                                 a module from the map (B,C,H,W) to outputs
+    loss(outputs, {name: tensor}) -> tensor
+    answers(outputs, grid) -> [answer]             one a frame
+    score(examples, [answer], grid) -> float
+    detections(example, answer) -> [Detection]     only of a task that finds boxes: what `worldmodel.results` writes
+
 Labels are drawn by log: the fractions are nested and the same for every arm. Every arm trains until its validation score has not
 improved for `patience` evaluations, at most `most_steps`; the score reported is the test score of the best validation. Scratch gets no
 less time than the others.
@@ -21,13 +33,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensors.clips import clips_of
+from sensors.clips import clips_at
 from sensors.data import Part
 from sensors.errors import UsageError, WmError, one_line
-from worldmodel import checkpoint, rundir
 from worldmodel.batches import clouds_of, rng_of
 from worldmodel.config import Config
-from worldmodel.encoders.contract import build_encoder
+from worldmodel.encoders.contract import Clouds
+from worldmodel.labelled import grid_of, labelled_stamps
+from worldmodel.start import Start, open_start
 
 ARMS = ("scratch", "pretrained", "pretrained_frozen", "random_frozen")
 
@@ -68,15 +81,16 @@ def tasks() -> list[str]:
 def examples(parts: Sequence[Part], task: ModuleType, config: Config, every_s: float) -> list[Any]:
     """The labelled frames of the data, log by log. WmError where no log has labels."""
     found = []
-    m = config.model
+    model = config.model
     for part in parts:
         labels = part.log.open_labels()
         if labels is None:
             continue
-        clips = clips_of(part.log, past=m.past, future=0, rate_hz=m.rate_hz, every_s=every_s, from_ns=part.from_ns, to_ns=part.to_ns)
+        stamps = labelled_stamps(part, labels, every_s)
+        clips = clips_at(part.log, stamps, past=model.past, rate_hz=model.rate_hz, from_ns=part.from_ns)
         found += [task.example_of(clip, labels, config) for clip in clips]
     if not found:
-        raise WmError("no log of the data has labels with a full past; the simulator's have, and KITTI tracking labels beside a drive")
+        raise WmError("no log of the data has labels; the simulator's have, and KITTI tracking labels beside a drive")
     return found
 
 
@@ -102,55 +116,52 @@ def set_statistics(encoder: nn.Module, batches: Sequence[Any]) -> None:
 
 
 class Trial:
-    """One arm, fraction and seed."""
+    """One arm and seed: an encoder, a head, and how they are trained."""
 
-    def __init__(self, run: Path, arm: str, seed: int, task: ModuleType, config: Config, plan: Plan) -> None:
-        self.task, self.config, self.plan, self.seed = task, config, plan, seed
-        torch.manual_seed(seed)
-        self.encoder = build_encoder(config.encoder)
+    def __init__(self, start: Start, arm: str, seed: int, task: ModuleType, plan: Plan) -> None:
+        self.task, self.config, self.plan, self.seed = task, start.config, plan, seed
         self.frozen = arm.endswith("frozen")
         self.random = arm in ("scratch", "random_frozen")
-        if not self.random:
-            stored = checkpoint.load(run).weights
-            own = {name.removeprefix("encoder."): value for name, value in stored.items() if name.startswith("encoder.")}
-            self.encoder.load_state_dict(own, strict=True)
+        torch.manual_seed(seed)
+        self.encoder = start.encoder(pretrained=not self.random)
+        self.grid = grid_of(start.config.encoder, float(self.encoder.cell_m))  # type: ignore[arg-type]
         torch.manual_seed(seed)
         self.head = task.Head(self.encoder.channels)
 
-    def tensors(self, frames: Sequence[Any], turns: Sequence[tuple[float, bool]]) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        points, targets, valid = [], [], []
-        for frame, (yaw, mirror) in zip(frames, turns, strict=True):
-            cloud, boxes = self.task.turned(frame, yaw, mirror)
-            points.append(cloud)
-            target, known = self.task.target_of(boxes, self.config.encoder, self.encoder.cell_m, frame.fov_rad, yaw)
-            targets.append(target)
-            valid.append(known)
-        clouds = clouds_of(points, self.config.encoder)
-        return clouds, torch.from_numpy(np.stack(targets)), torch.from_numpy(np.stack(valid))
+    def clouds(self, examples: Sequence[Any]) -> Clouds:
+        return clouds_of([example.points for example in examples], self.config.encoder)
+
+    def batch(self, examples: Sequence[Any], step: int) -> tuple[Clouds, dict[str, torch.Tensor]]:
+        """Clouds and targets of a step: examples drawn and turned by (seed, step) alone."""
+        rng = rng_of(self.seed, "finetune", step)
+        chosen = [examples[i] for i in rng.integers(len(examples), size=self.plan.batch)]
+        seen = [self.task.turned(example, float(rng.uniform(-np.pi, np.pi)), bool(rng.random() < 0.5)) for example in chosen]
+        wanted = [self.task.targets(example, self.grid) for example in seen]
+        return self.clouds(seen), {name: torch.from_numpy(np.stack([w[name] for w in wanted])) for name in wanted[0]}
 
     @torch.no_grad()
-    def score(self, frames: Sequence[Any]) -> float:
+    def answers(self, examples: Sequence[Any]) -> list[Any]:
+        """What the head says of each example."""
         self.encoder.eval()
         self.head.eval()
-        both = either = 0
-        for first in range(0, len(frames), 8):
-            some = frames[first : first + 8]
-            clouds, target, valid = self.tensors(some, [(0.0, False)] * len(some))
+        found = []
+        for first in range(0, len(examples), 8):
             with self.autocast():
-                logits = self.head(self.encoder(clouds))
-            inter, union = self.task.overlap(logits.float(), target, valid)
-            both, either = both + inter, either + union
-        return both / max(either, 1)
+                outputs = self.head(self.encoder(self.clouds(examples[first : first + 8])))
+            found += self.task.answers(outputs, self.grid)
+        return found
+
+    def score(self, examples: Sequence[Any]) -> float:
+        return float(self.task.score(examples, self.answers(examples), self.grid))
 
     def autocast(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.autocast == "bf16")
 
-    def train(self, frames: Sequence[Any], held: Sequence[Any]) -> tuple[nn.Module, int, list[tuple[int, float]]]:
-        """Best weights by validation, the steps taken, and the validation curve."""
+    def train(self, frames: Sequence[Any], held: Sequence[Any]) -> tuple[int, list[tuple[int, float]]]:
+        """Train, and keep the best weights by validation; gives the steps taken and the validation curve."""
         plan = self.plan
-        batch = lambda step: self._batch(frames, step)  # noqa: E731
         if self.random:
-            set_statistics(self.encoder, [batch(s)[0] for s in range(8)])
+            set_statistics(self.encoder, [self.batch(frames, step)[0] for step in range(8)])
         parameters = [*self.head.parameters()] + ([] if self.frozen else [*self.encoder.parameters()])
         optimizer = torch.optim.AdamW(parameters, plan.lr, betas=(0.9, 0.99), weight_decay=1e-2)
         curve: list[tuple[int, float]] = []
@@ -162,14 +173,14 @@ class Trial:
                 group["lr"] = plan.lr * warm * late
             self.encoder.train(not self.frozen)
             self.head.train()
-            clouds, target, valid = batch(step)
+            clouds, wanted = self.batch(frames, step)
             with self.autocast():
                 if self.frozen:
                     with torch.no_grad():
                         latent = self.encoder(clouds)
                 else:
                     latent = self.encoder(clouds)
-                loss = self.task.loss(self.head(latent), target, valid)
+                loss = self.task.loss(self.head(latent), wanted)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 10.0)
@@ -178,22 +189,17 @@ class Trial:
             if step % plan.every == 0:
                 value = self.score(held)
                 curve.append((step, value))
-                if value > best[0] + 1e-4:
+                if value > best[0] + 1e-4 or best[0] <= 0:  # at 0 a detector has only not started yet
                     best, since = (value, copy.deepcopy((self.encoder.state_dict(), self.head.state_dict()))), 0
                 else:
                     since += 1
         self.encoder.load_state_dict(best[1][0])
         self.head.load_state_dict(best[1][1])
-        return self.encoder, step, curve
-
-    def _batch(self, frames: Sequence[Any], step: int) -> Any:
-        rng = rng_of(self.seed, "finetune", step)
-        chosen = [frames[i] for i in rng.integers(len(frames), size=self.plan.batch)]
-        return self.tensors(chosen, [(float(rng.uniform(-np.pi, np.pi)), bool(rng.random() < 0.5)) for _ in chosen])
+        return step, curve
 
 
 def finetune(
-    run: Path,
+    source: Path,
     train_parts: Sequence[Part],
     test_parts: Sequence[Part],
     *,
@@ -203,8 +209,11 @@ def finetune(
     fractions: Sequence[float] = (1.0,),
     plan: Plan | None = None,
     report: Callable[[int, int, str], None] | None = None,
+    finished: Callable[[Trial, Result], None] | None = None,
 ) -> list[Result]:
-    """Every arm, fraction and seed; pairs share their label lists, batches and head initialisation."""
+    """Every arm, fraction and seed, from the run or export in `source`; pairs share their label lists, batches and head initialisation.
+
+    finished: called with each trial after its training and its test, for what else is wanted of it."""
     plan = plan or Plan()
     if task_name not in tasks():
         raise UsageError(f"--task {one_line(task_name)}: not one of {', '.join(tasks())}")
@@ -213,10 +222,10 @@ def finetune(
     torch.set_num_threads(plan.threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    config = rundir.read_config(run)
+    start = open_start(source)
     task = importlib.import_module(f"worldmodel.downstream.{task_name}")
-    train_frames = examples(train_parts, task, config, plan.every_s)
-    test_frames = examples(test_parts, task, config, plan.every_s)
+    train_frames = examples(train_parts, task, start.config, plan.every_s)
+    test_frames = examples(test_parts, task, start.config, plan.every_s)
     names = sorted({frame.log for frame in train_frames})
     if overlap := {frame.log for frame in test_frames} & set(names) if test_parts is not train_parts else set():
         raise UsageError(f"log {one_line(sorted(overlap)[0])} is in the training and in the test data; take it out of one")
@@ -228,13 +237,16 @@ def finetune(
     for number, (fraction, seed, arm) in enumerate(todo):
         chosen = set(drawn(pool, fraction))
         frames = [frame for frame in train_frames if frame.log in chosen]
-        start = time.monotonic()
-        trial = Trial(run, arm, seed, task, config, plan)
-        _, steps, curve = trial.train(frames, held)
+        began = time.monotonic()
+        trial = Trial(start, arm, seed, task, plan)
+        steps, curve = trial.train(frames, held)
         score = trial.score(test_frames)
-        results.append(Result(arm, fraction, seed, score, steps, round(time.monotonic() - start, 1), len(chosen), len(frames), tuple(curve)))
+        result = Result(arm, fraction, seed, score, steps, round(time.monotonic() - began, 1), len(chosen), len(frames), tuple(curve))
+        results.append(result)
+        if finished:
+            finished(trial, result)
         if report:
-            report(number + 1, len(todo), f"{arm} {fraction:.0%} seed {seed}: IoU {score:.3f} after {steps} steps")
+            report(number + 1, len(todo), f"{arm} {fraction:.0%} seed {seed}: {task.SCORE} {score:.3f} after {steps} steps")
     return results
 
 
@@ -248,7 +260,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             scores = np.array([r.score for r in these])
             paired = np.array([r.score - scratch[r.seed] for r in these if r.seed in scratch])
             rows.append({"fraction": fraction, "arm": arm, "seeds": len(these), "logs": these[0].logs, "frames": these[0].frames,
-                         "iou_mean": float(scores.mean()), "iou_std": float(scores.std(ddof=1)) if len(scores) > 1 else None,
+                         "score_mean": float(scores.mean()), "score_std": float(scores.std(ddof=1)) if len(scores) > 1 else None,
                          "minus_scratch": float(paired.mean()) if len(paired) else None,
                          "minus_scratch_std": float(paired.std(ddof=1)) if len(paired) > 1 else None,
                          "steps_mean": float(np.mean([r.steps for r in these]))})  # fmt: skip

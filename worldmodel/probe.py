@@ -20,9 +20,10 @@ from sensors.geometry import transform_points
 from sensors.rays import History, history_of, rays_of
 from sensors.records import Clip, Labels
 from worldmodel.batches import clouds_of, past_clouds, rng_of, state_from_ego
-from worldmodel.downstream.bev_segmentation import is_vehicle, target_of
+from worldmodel.downstream.bev_segmentation import covered, is_vehicle
 from worldmodel.encoders.contract import build_encoder
 from worldmodel.finetune import set_statistics
+from worldmodel.labelled import grid_of
 from worldmodel.trained import Trained
 
 Array = NDArray[Any]
@@ -76,7 +77,7 @@ def _targets(clip: Clip, labels: Labels, history: History, trained: Trained, sha
             rows["vehicle"].append(row)
         if box.velocity is not None and np.hypot(*box.velocity) > MOVING_MPS:
             rows["moving"].append(row)
-    out = {name: target_of(np.array(r).reshape(-1, 5), encoder, cell, np.pi, 0.0)[0].astype(bool) for name, r in rows.items()}
+    out = {name: covered(np.array(r).reshape(-1, 5), grid_of(encoder, cell)) for name, r in rows.items()}
     clouds = [transform_points(to_state, p) for p in history.points]
     for frame in clip.future:
         rays = rays_of(clip, frame, None)

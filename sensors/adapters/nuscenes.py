@@ -23,7 +23,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,6 +63,16 @@ def recognise(path: Path) -> float:
 
 def open_logs(path: Path, options: Mapping[str, str]) -> Iterator[Log]:
     """The scenes at `path` in the order of their names. Option: version, needed where the folder holds several."""
+    folder = tables_of(path, options)
+    try:
+        tables = _Tables(folder)
+    except RecordError as error:
+        return map(_refuse, [RecordError(f"nuscenes/{folder.name}: {error}")])
+    return map(tables.open_scene, sorted(tables.scenes, key=lambda scene: (scene.name, scene.token)))
+
+
+def tables_of(path: Path, options: Mapping[str, str]) -> Path:
+    """The folder VERSION/ that `path` and the option version mean; UsageError where that is none or not one."""
     if unknown := set(options) - {"version"}:
         raise UsageError(f"nuscenes has no option {one_line(', '.join(sorted(unknown)))}; it has: version")
     versions = _versions(path)
@@ -74,11 +84,31 @@ def open_logs(path: Path, options: Mapping[str, str]) -> Iterator[Log]:
         raise UsageError(
             f"{one_line(path)}: {what} (found: {one_line(found)}); give the folder that holds VERSION/ and samples/, or option version=NAME"
         )
-    try:
-        tables = _Tables(chosen[0])
-    except RecordError as error:
-        return map(_refuse, [RecordError(f"nuscenes/{chosen[0].name}: {error}")])
-    return map(tables.open_scene, sorted(tables.scenes, key=lambda scene: (scene.name, scene.token)))
+    return chosen[0]
+
+
+class Keyframe(NamedTuple):
+    """A sample: its token, its stamp (the LiDAR's), and world_from_ego (4,4) then, as the tables have it."""
+
+    token: str
+    stamp_ns: int
+    world_from_ego: Array
+
+
+def keyframes(folder: Path, logs: Set[str]) -> dict[str, tuple[Keyframe, ...]]:
+    """By id of `open_logs` the samples of those scenes of VERSION/ that `logs` names, in order of time: what results for the tables refer to.
+    RecordError where a table is unreadable or a sample has no pose."""
+    tables = _Tables(folder)
+    found = {}
+    for scene in tables.scenes:
+        if f"nuscenes/{scene.name}" in logs:
+            recording = _Recording(tables, scene)
+            if recording.log.poses is None:
+                raise RecordError(f"nuscenes/{one_line(scene.name)}: no poses; results are given in the world")
+            stamps = sorted((stamp * 1000, token) for token, stamp in recording.sample_stamps.items())
+            poses = pose_at(recording.log.poses, np.array([stamp for stamp, _ in stamps]))
+            found[recording.log.id] = tuple(Keyframe(token, stamp, pose) for (stamp, token), pose in zip(stamps, poses, strict=True))
+    return found
 
 
 def _refuse(error: RecordError) -> Log:

@@ -97,7 +97,8 @@ def _wxyz(rotation: Array) -> list[float]:
     return [float(number) for number in quaternion_from_rotation(rotation)]
 
 
-def _category(name: str) -> str:
+def category_of(name: str) -> str:
+    """nuScenes' category for one of any dataset; a name without counterpart stays as it is."""
     return name if name in CATEGORIES else COUNTERPART.get(name.lower().replace(" ", "_").replace("-", "_"), name)
 
 
@@ -280,7 +281,7 @@ class _Scene:
         found = labels.read_point_labels(name, index) if labels is not None else None
         if labels is None or found is None or len(found.category) != count:
             return
-        number = {category: CATEGORIES.index(_category(category)) if _category(category) in CATEGORIES else 0 for category in labels.categories}
+        number = {category: CATEGORIES.index(category_of(category)) if category_of(category) in CATEGORIES else 0 for category in labels.categories}
         lookup = np.zeros(256, np.uint8)
         lookup[: len(labels.categories)] = [number[category] for category in labels.categories]
         file = f"lidarseg/{self.tables.version}/{token}_lidarseg.bin"
@@ -386,7 +387,7 @@ class _Scene:
             instance = self.token("instance", track)
             self.tables.rows["instance"].append({
                 "token": instance,
-                "category_token": self.tables.category(_category(found[0].category)),
+                "category_token": self.tables.category(category_of(found[0].category)),
                 "nbr_annotations": len(found),
                 "first_annotation_token": tokens[0],
                 "last_annotation_token": tokens[-1],
@@ -413,7 +414,7 @@ class _Scene:
 
 def _attribute(box: Box) -> list[str]:
     """Moving, or stopped or standing, for what has a velocity; nothing where that is unknown or the class has no such attribute."""
-    kind = _category(box.category)
+    kind = category_of(box.category)
     if box.velocity is None or not np.isfinite(box.velocity).all():
         return []
     moving = float(np.hypot(*box.velocity)) > MOVING_MPS

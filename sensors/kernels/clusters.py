@@ -11,6 +11,10 @@ from numba import njit
 
 # a splat reaches this many cells around an occupied one
 SPLAT_REACH = 3
+# `search` looks at BLOCK x BLOCK velocities at once, on maps pooled by POOL cells
+POOL, BLOCK = 4, 5
+# bins of the cheap azimuth in `hidden`
+SECTORS = 2048
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -192,9 +196,30 @@ def overlap(points, vx, vy, turn, times, maps, cell, first):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search(points, times, maps, cell, top, step, first, peaks, scores):
-    """Velocities of a grid of `step` within `top` m/s whose overlap over the sweeps k >= first is a local maximum: the best
-    len(peaks) of them go to peaks (P,2) and scores (P,), best first (unused: score -1)."""
+def pool(map_, out):
+    """out (n/POOL,n/POOL) u8: the largest of map_ (n,n) u8 within each block of POOL x POOL cells and the eight blocks around it, which
+    bounds the map wherever a point of the block is moved by no more than a block."""
+    n = out.shape[0]
+    largest = np.zeros((n, n), np.uint8)
+    for r in range(n):
+        for rr in range(r * POOL, (r + 1) * POOL):
+            for c in range(n):
+                for cc in range(c * POOL, (c + 1) * POOL):
+                    largest[r, c] = max(largest[r, c], map_[rr, cc])
+    for r in range(n):
+        for c in range(n):
+            best = np.uint8(0)
+            for rr in range(max(r - 1, 0), min(r + 1, n - 1) + 1):
+                for cc in range(max(c - 1, 0), min(c + 1, n - 1) + 1):
+                    best = max(best, largest[rr, cc])
+            out[r, c] = best
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def search(points, times, maps, pooled, cell, top, step, first, least, peaks, scores):
+    """Velocities of a grid of `step` within `top` m/s whose overlap over the sweeps k >= first is a local maximum of more than `least`:
+    the best len(peaks) of them go to peaks (P,2) and scores (P,), best first (unused: score -1). pooled (T-1,n/POOL,n/POOL) u8: the maps
+    by `pool`. Velocities are looked at in blocks, and not at all where the pooled maps say that none of a block can reach `least`."""
     half = int(top / step)
     width = 2 * half + 1
     grid = np.full((width, width), np.float32(-1))
@@ -202,24 +227,45 @@ def search(points, times, maps, cell, top, step, first, peaks, scores):
     middle = np.float32(n // 2)
     per = np.float32(1.0 / cell)
     m = points.shape[0]
-    for a in range(width):
-        for b in range(width):
-            vx, vy = (a - half) * step, (b - half) * step
-            if vx * vx + vy * vy > top * top:
-                continue
-            total = np.int64(0)
-            for k in range(first, maps.shape[0]):
-                ox, oy = np.float32(vx * times[k]) * per + middle, np.float32(vy * times[k]) * per + middle
-                for i in range(m):
-                    fx, fy = points[i, 0] * per + ox, points[i, 1] * per + oy
-                    if fx >= 0 and fx < n and fy >= 0 and fy < n:
-                        total += maps[k, int(fx), int(fy)]
-            grid[a, b] = total / (255.0 * m * (maps.shape[0] - first))
+    sweeps = maps.shape[0] - first
+    last = n // POOL - 1
+    farthest = 0.0
+    for k in range(first, maps.shape[0]):
+        farthest = max(farthest, abs(times[k]))
+    bounded = (BLOCK // 2) * step * farthest * per < POOL - 0.01
+    enough = least * 255.0 * m * sweeps
+    for a0 in range(0, width, BLOCK):
+        for b0 in range(0, width, BLOCK):
+            if bounded:
+                vx, vy = (a0 + BLOCK // 2 - half) * step, (b0 + BLOCK // 2 - half) * step
+                bound = np.int64(0)
+                for k in range(first, maps.shape[0]):
+                    ox, oy = np.float32(vx * times[k]) * per + middle, np.float32(vy * times[k]) * per + middle
+                    for i in range(m):
+                        fx, fy = points[i, 0] * per + ox, points[i, 1] * per + oy
+                        if fx > -POOL and fx < n + POOL and fy > -POOL and fy < n + POOL:
+                            r, c = int(fx) // POOL, int(fy) // POOL
+                            bound += pooled[k, min(max(r, 0), last), min(max(c, 0), last)]
+                if bound <= enough:
+                    continue
+            for a in range(a0, min(a0 + BLOCK, width)):
+                for b in range(b0, min(b0 + BLOCK, width)):
+                    vx, vy = (a - half) * step, (b - half) * step
+                    if vx * vx + vy * vy > top * top:
+                        continue
+                    total = np.int64(0)
+                    for k in range(first, maps.shape[0]):
+                        ox, oy = np.float32(vx * times[k]) * per + middle, np.float32(vy * times[k]) * per + middle
+                        for i in range(m):
+                            fx, fy = points[i, 0] * per + ox, points[i, 1] * per + oy
+                            if fx >= 0 and fx < n and fy >= 0 and fy < n:
+                                total += maps[k, int(fx), int(fy)]
+                    grid[a, b] = total / (255.0 * m * sweeps)
     scores[:] = -1
     for a in range(1, width - 1):
         for b in range(1, width - 1):
             value = grid[a, b]
-            if value <= scores[-1] or value <= 0:
+            if value <= scores[-1] or value <= least:
                 continue
             best = True
             for da in range(-1, 2):
@@ -367,43 +413,166 @@ def settle(points, old, start, order, cell, n, shift, limit, rounds, most, flat_
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _behind(px, py, pz, m, start, azimuth, elevation, radius, n_elevation, step_elevation, reach_azimuth, reach_elevation):
+    """The reading of a view nearest in direction to a point, minus the point's distance; NaN where it has none within reach."""
+    columns = (start.shape[0] - 1) // n_elevation
+    pi = np.float32(np.pi)
+    x = m[0, 0] * px + m[0, 1] * py + m[0, 2] * pz + m[0, 3]
+    y = m[1, 0] * px + m[1, 1] * py + m[1, 2] * pz + m[1, 3]
+    z = m[2, 0] * px + m[2, 1] * py + m[2, 2] * pz + m[2, 3]
+    out = np.float32(np.nan)
+    flat2 = x * x + y * y
+    distance = np.sqrt(flat2 + z * z)
+    if not (distance > np.float32(0.1) and distance < np.float32(1e6)):
+        return out
+    scale_a, scale_e = np.float32(1 / reach_azimuth), np.float32(1 / reach_elevation)
+    a = np.float32(np.arctan2(y, x))
+    e = np.float32(np.arctan2(z, np.sqrt(flat2)))
+    column = int((a + pi) * np.float32(columns / (2 * np.pi))) % columns
+    row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
+    best = np.float32(1)
+    for r in range(max(row - 1, 0), min(row + 1, n_elevation - 1) + 1):
+        for dc in range(-1, 2):
+            c = r * columns + (column + dc) % columns
+            for at in range(start[c], start[c + 1]):
+                da = azimuth[at] - a
+                if da > pi:
+                    da -= np.float32(2 * np.pi)
+                elif da < -pi:
+                    da += np.float32(2 * np.pi)
+                de = elevation[at] - e
+                d = (da * scale_a) ** 2 + (de * scale_e) ** 2
+                if d < best:
+                    best = d
+                    out = radius[at] - distance
+    return out
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def towards(points, sensor_from_points, start, azimuth, elevation, radius, n_elevation, step_elevation, reach_azimuth, reach_elevation, out):
     """out (N,) f32: the reading of a view (cells as `View` sorts them) nearest in direction to each point (N,3), within the given reach in
     azimuth and elevation (an ellipse; at most a cell each), minus the point's distance from the sensor; NaN where there is none."""
-    columns = (start.shape[0] - 1) // n_elevation
-    per_azimuth = np.float32(columns / (2 * np.pi))
-    pi = np.float32(np.pi)
-    scale_a, scale_e = np.float32(1 / reach_azimuth), np.float32(1 / reach_elevation)
+    m = sensor_from_points.astype(np.float32)
+    for i in range(points.shape[0]):
+        out[i] = _behind(
+            points[i, 0], points[i, 1], points[i, 2],
+            m, start, azimuth, elevation, radius, n_elevation, step_elevation, reach_azimuth, reach_elevation,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sector(x, y):
+    """0..SECTORS - 1, ascending with azimuth, without a trigonometric function; x and y are not both 0."""
+    share = y / (abs(x) + abs(y))
+    turned = np.float32(2) - share if x < 0 else (share if share >= 0 else np.float32(4) + share)
+    return min(int(turned * np.float32(SECTORS / 4)), SECTORS - 1)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def hidden(points, sensor_from_points, start, azimuth, elevation, radius, n_elevation, step_elevation, reach_azimuth, reach_elevation, margin, out):
+    """out (N,) bool: points (N,3) in whose direction `towards` finds a reading more than margin nearer than they are. Quick where
+    the view fills little of the horizon: what lies in no sector with a reading, or nearer than all of those, needs no search."""
+    nearest = np.full(SECTORS, np.float32(np.inf))
+    for at in range(azimuth.shape[0]):
+        # one sector more on both sides: `_sector` of a point and of its azimuth may differ by rounding
+        low = _sector(np.cos(azimuth[at] - reach_azimuth), np.sin(azimuth[at] - reach_azimuth)) - 1
+        high = _sector(np.cos(azimuth[at] + reach_azimuth), np.sin(azimuth[at] + reach_azimuth)) + 1
+        if high < low:
+            high += SECTORS
+        for sector in range(low, high + 1):
+            if radius[at] < nearest[sector % SECTORS]:
+                nearest[sector % SECTORS] = radius[at]
     m = sensor_from_points.astype(np.float32)
     for i in range(points.shape[0]):
         px, py, pz = points[i, 0], points[i, 1], points[i, 2]
         x = m[0, 0] * px + m[0, 1] * py + m[0, 2] * pz + m[0, 3]
         y = m[1, 0] * px + m[1, 1] * py + m[1, 2] * pz + m[1, 3]
         z = m[2, 0] * px + m[2, 1] * py + m[2, 2] * pz + m[2, 3]
-        out[i] = np.nan
-        flat2 = x * x + y * y
-        distance = np.sqrt(flat2 + z * z)
-        if not (distance > np.float32(0.1) and distance < np.float32(1e6)):
+        out[i] = False
+        if not abs(x) + abs(y) > 0:
             continue
-        a = np.float32(np.arctan2(y, x))
-        e = np.float32(np.arctan2(z, np.sqrt(flat2)))
-        column = int((a + pi) * per_azimuth) % columns
-        row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
-        best = np.float32(1)
-        for r in range(max(row - 1, 0), min(row + 1, n_elevation - 1) + 1):
-            for dc in range(-1, 2):
-                c = r * columns + (column + dc) % columns
-                for at in range(start[c], start[c + 1]):
-                    da = azimuth[at] - a
-                    if da > pi:
-                        da -= np.float32(2 * np.pi)
-                    elif da < -pi:
-                        da += np.float32(2 * np.pi)
-                    de = elevation[at] - e
-                    d = (da * scale_a) ** 2 + (de * scale_e) ** 2
-                    if d < best:
-                        best = d
-                        out[i] = radius[at] - distance
+        near = nearest[_sector(x, y)]
+        if x * x + y * y + z * z > near * near:
+            depth = _behind(px, py, pz, m, start, azimuth, elevation, radius, n_elevation, step_elevation, reach_azimuth, reach_elevation)
+            out[i] = depth < -margin
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def seen_through(points, vx, vy, times, sweeps, looks, margin, out):
+    """out (K,) f64: the share of points (M,3), moved along (vx, vy) to times (K,), behind which the sweep sweeps[k] reads more than margin.
+    looks: the sweeps' cells joined, see `sensors.motion`."""
+    start, first, azimuth, elevation, radius, poses, n_elevation, step, reach_azimuth, reach_elevation = looks
+    for k in range(sweeps.shape[0]):
+        s, count = sweeps[k], 0
+        sx, sy = np.float32(vx * times[k]), np.float32(vy * times[k])
+        low, high = first[s], first[s + 1]
+        a, e, r = azimuth[low:high], elevation[low:high], radius[low:high]
+        for i in range(points.shape[0]):
+            depth = _behind(
+                points[i, 0] + sx, points[i, 1] + sy, points[i, 2], poses[s], start[s], a, e, r, n_elevation, step, reach_azimuth, reach_elevation
+            )
+            if depth > margin:
+                count += 1
+        out[k] = count / points.shape[0]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def match(points, vx, vy, times, maps, cell, looks, margin, hidden_counts, needed):
+    """How well points (M,3) fit the maps (T-1,n,n) u8 when they came at (vx, vy): the mean of maps / 255 at their places, those places
+    counting only hidden_counts that fit badly (less than half) and could not be seen, being more than margin behind a reading. 0 where the
+    plain mean is less than hidden_counts, or the score is sure not to exceed needed."""
+    n = maps.shape[1]
+    half = np.float32(n // 2)
+    per = np.float32(1.0 / cell)
+    m, sweeps = points.shape[0], maps.shape[0]
+    size = m * sweeps
+    bad = np.empty((sweeps, m), np.bool_)
+    total, count = 0.0, 0
+    for k in range(sweeps):
+        ox, oy = np.float32(vx * times[k]) * per + half, np.float32(vy * times[k]) * per + half
+        for i in range(m):
+            fx, fy = points[i, 0] * per + ox, points[i, 1] * per + oy
+            value = 0
+            if fx >= 0 and fx < n and fy >= 0 and fy < n:
+                value = int(maps[k, int(fx), int(fy)])
+            total += value
+            bad[k, i] = 2 * value < 255
+            count += bad[k, i]
+    total /= 255.0
+    if total < hidden_counts * size or total <= needed * (size - (1 - hidden_counts) * count):
+        return 0.0
+    start, first, azimuth, elevation, radius, poses, n_elevation, step, reach_azimuth, reach_elevation = looks
+    unseen = 0
+    for k in range(sweeps):
+        sx, sy = np.float32(vx * times[k]), np.float32(vy * times[k])
+        low, high = first[k], first[k + 1]
+        a, e, r = azimuth[low:high], elevation[low:high], radius[low:high]
+        for i in range(m):
+            if bad[k, i]:
+                depth = _behind(
+                    points[i, 0] + sx, points[i, 1] + sy, points[i, 2], poses[k], start[k], a, e, r, n_elevation, step, reach_azimuth, reach_elevation
+                )
+                unseen += depth < -margin
+    return total / (size - (1 - hidden_counts) * unseen)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def take_inside(points, height, cos, sin, low, high, lowest_height, inner, outer, free, rows):
+    """Rows (N,) i32 of the free points (N,3) within the box low..high (3,) grown by inner, see `inside`; then no point within the box grown
+    by outer, which is not smaller, is free (N,) any more. Returns how many rows were taken."""
+    count = 0
+    for i in range(points.shape[0]):
+        along = points[i, 0] * cos + points[i, 1] * sin
+        if not (along > low[0] - outer and along < high[0] + outer):
+            continue
+        left = points[i, 1] * cos - points[i, 0] * sin
+        if not (left > low[1] - outer and left < high[1] + outer and height[i] > lowest_height and height[i] < high[2]):
+            continue
+        if free[i] and along > low[0] - inner and along < high[0] + inner and left > low[1] - inner and left < high[1] + inner:
+            rows[count] = i
+            count += 1
+        free[i] = False
+    return count
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

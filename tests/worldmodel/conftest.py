@@ -8,8 +8,9 @@ import torch
 from sensors.data import open_data
 from sensors.simulator.log import simulate
 from sensors.store.writer import write_log
-from worldmodel import pretrain, rundir
+from worldmodel import checkpoint, pretrain, rundir
 from worldmodel.config import load_config
+from worldmodel.model import WorldModel
 
 SEEDS = (7, 8, 9, 10, 11)
 
@@ -46,3 +47,22 @@ def run(parts, tmp_path_factory):
 @pytest.fixture(scope="session")
 def longer():
     return lambda config, steps: dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+@pytest.fixture(scope="session")
+def untrained(parts):
+    """Makes a run as training leaves it, without the training: small random weights, norms with statistics of their own."""
+
+    def make(folder, *overrides):
+        config = tiny(*overrides)
+        rundir.create(folder, config, parts)
+        torch.manual_seed(0)
+        model = WorldModel(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.5, 2.0)
+        checkpoint.save(folder, 1, model, None, {"best": True})
+        return folder
+
+    return make

@@ -133,10 +133,12 @@ def test_frozen_arms_do_not_move_the_encoder(run, parts):
 
     import torch
 
-    config = __import__("worldmodel.rundir", fromlist=["rundir"]).read_config(run)
+    from worldmodel.start import open_start
+
+    start = open_start(run)
     task = importlib.import_module("worldmodel.downstream.bev_segmentation")
-    frames = finetune.examples(parts[:2], task, config, 0.5)
-    trial = finetune.Trial(run, "pretrained_frozen", 0, task, config, finetune.Plan(batch=2, most_steps=2, every=1, patience=9, threads=1))
+    frames = finetune.examples(parts[:2], task, start.config, 0.5)
+    trial = finetune.Trial(start, "pretrained_frozen", 0, task, finetune.Plan(batch=2, most_steps=2, every=1, patience=9, threads=1))
     before = {k: v.clone() for k, v in trial.encoder.state_dict().items()}
     trial.train(frames, frames)
     assert all(torch.equal(v, before[k]) for k, v in trial.encoder.state_dict().items())

@@ -5,6 +5,8 @@ IoU is the sum of intersections over the sum of unions of the whole set, at prob
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +15,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sensors.geometry import rotation_z, transform_points
+from sensors.geometry import transform_points
 from sensors.rays import history_of
 from sensors.records import Clip, Labels
-from worldmodel.batches import joined, past_clouds, state_from_ego
-from worldmodel.config import Config, Encoder
+from worldmodel.batches import state_from_ego
+from worldmodel.config import Config
+from worldmodel.labelled import Grid, cloud_of, in_view, turned_angle, turned_xy
 
 Array = NDArray[Any]
 
+SCORE = "IoU"
 VEHICLES = ("car", "van", "truck", "bus", "trailer", "tram", "construction_vehicle", "vehicle")
 POSITIVE_WEIGHT = 3.0
 
@@ -28,11 +32,12 @@ POSITIVE_WEIGHT = 3.0
 @dataclass(frozen=True, eq=False)
 class Example:
     """log: whose clip it is; points (N,5) f32 x y z intensity dt; boxes (n,5) f64 x y length width yaw of vehicles; both in the state frame.
-    fov_rad: half-angle about the x axis within which the labels are complete (pi: everywhere)."""
+    Labels are complete within fov_rad of ahead_rad (pi: everywhere)."""
 
     log: str
     points: Array
     boxes: Array
+    ahead_rad: float
     fov_rad: float
 
 
@@ -41,7 +46,7 @@ def is_vehicle(category: str) -> bool:
 
 
 def example_of(clip: Clip, labels: Labels, config: Config) -> Example:
-    """The past of a clip as the encoder sees it (one cloud: the newest sweep, unless sweeps are joined), with the vehicles at t = 0."""
+    """The past of a clip as the encoder sees it, with the vehicles at t = 0."""
     to_state = state_from_ego(clip, config.encoder)
     turn = float(np.arctan2(to_state[1, 0], to_state[0, 0]))
     rows = []
@@ -49,35 +54,34 @@ def example_of(clip: Clip, labels: Labels, config: Config) -> Example:
         if box.stamp_ns == clip.stamp_ns and is_vehicle(box.category):
             x, y, _ = transform_points(to_state, box.centre[None])[0]
             rows.append((x, y, box.size[0], box.size[1], box.yaw_rad + turn))
-    points = joined(past_clouds(clip, history_of(clip), config), config)[0]
-    return Example(clip.log.id, points, np.array(rows).reshape(-1, 5), labels.complete_fov_rad)
+    cloud = cloud_of(clip, history_of(clip), config)
+    return Example(clip.log.id, cloud, np.array(rows).reshape(-1, 5), turn, labels.complete_fov_rad)
 
 
-def turned(example: Example, yaw_rad: float, mirror: bool) -> tuple[Array, Array]:
-    """Points and boxes turned about z, after being mirrored in y where asked."""
-    sign = -1.0 if mirror else 1.0
+def turned(example: Example, yaw_rad: float, mirror: bool) -> Example:
+    """The scene turned about z, after being mirrored in y where asked."""
     points, boxes = example.points.copy(), example.boxes.copy()
-    points[:, 1] *= sign
-    boxes[:, 1] *= sign
-    boxes[:, 4] = boxes[:, 4] * sign + yaw_rad
-    linear = rotation_z(yaw_rad)[:2, :2]
-    points[:, :2] = points[:, :2] @ linear.T.astype(np.float32)
-    boxes[:, :2] = boxes[:, :2] @ linear.T
-    return points, boxes
+    points[:, :2] = turned_xy(points[:, :2], yaw_rad, mirror)
+    boxes[:, :2] = turned_xy(boxes[:, :2], yaw_rad, mirror)
+    boxes[:, 4] = turned_angle(boxes[:, 4], yaw_rad, mirror)
+    return dataclasses.replace(example, points=points, boxes=boxes, ahead_rad=turned_angle(example.ahead_rad, yaw_rad, mirror))
 
 
-def target_of(boxes: Array, encoder: Encoder, cell_m: float, fov_rad: float, yaw_rad: float) -> tuple[Array, Array]:
-    """(H,W) u8: cell centres covered by a box; (H,W) bool: cells with complete labels, for a scene turned by yaw_rad."""
-    width = round((encoder.high[0] - encoder.low[0]) / cell_m)
-    height = round((encoder.high[1] - encoder.low[1]) / cell_m)
-    x, y = np.meshgrid(encoder.low[0] + (np.arange(width) + 0.5) * cell_m, encoder.low[1] + (np.arange(height) + 0.5) * cell_m)
-    covered = np.zeros((height, width), bool)
+def covered(boxes: Array, grid: Grid) -> Array:
+    """(H,W) bool: cell centres that lie in one of the boxes (n,5)."""
+    x, y = grid.centres()
+    inside = np.zeros(x.shape, bool)
     for bx, by, length, across, yaw in boxes:
         along = (x - bx) * np.cos(yaw) + (y - by) * np.sin(yaw)
         side = (y - by) * np.cos(yaw) - (x - bx) * np.sin(yaw)
-        covered |= (np.abs(along) <= length / 2) & (np.abs(side) <= across / 2)
-    angle = np.abs((np.arctan2(y, x) - yaw_rad + np.pi) % (2 * np.pi) - np.pi)
-    return covered.astype(np.uint8), angle <= fov_rad
+        inside |= (np.abs(along) <= length / 2) & (np.abs(side) <= across / 2)
+    return inside
+
+
+def targets(example: Example, grid: Grid) -> dict[str, Array]:
+    """covered (H,W) u8, and valid (H,W) bool: cells with complete labels."""
+    valid = in_view(*grid.centres(), example.ahead_rad, example.fov_rad)
+    return {"covered": covered(example.boxes, grid).astype(np.uint8), "valid": valid}
 
 
 class Head(nn.Module):
@@ -91,13 +95,22 @@ class Head(nn.Module):
         return self.layers(latent)[:, 0]  # type: ignore[no-any-return]
 
 
-def loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+def loss(logits: Tensor, wanted: dict[str, Tensor]) -> Tensor:
     weight = logits.new_tensor(POSITIVE_WEIGHT)
-    each = F.binary_cross_entropy_with_logits(logits.float(), target.float(), pos_weight=weight, reduction="none")
-    return (each * valid).sum() / valid.sum().clamp(min=1)
+    each = F.binary_cross_entropy_with_logits(logits.float(), wanted["covered"].float(), pos_weight=weight, reduction="none")
+    return (each * wanted["valid"]).sum() / wanted["valid"].sum().clamp(min=1)
 
 
-def overlap(logits: Tensor, target: Tensor, valid: Tensor) -> tuple[int, int]:
-    """Cells in both, cells in either."""
-    said, true = (logits > 0) & valid, (target > 0) & valid
-    return int((said & true).sum()), int((said | true).sum())
+def answers(logits: Tensor, grid: Grid) -> list[Array]:
+    """Per frame (H,W) bool: cells called covered."""
+    return list((logits > 0).numpy())
+
+
+def score(examples: Sequence[Example], found: Sequence[Array], grid: Grid) -> float:
+    """IoU of the answers, one a frame."""
+    both = either = 0
+    for example, said in zip(examples, found, strict=True):
+        wanted = targets(example, grid)
+        true, said = (wanted["covered"] > 0) & wanted["valid"], said & wanted["valid"]
+        both, either = both + int((said & true).sum()), either + int((said | true).sum())
+    return both / max(either, 1)

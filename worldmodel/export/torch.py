@@ -1,91 +1,104 @@
 """`wm export RUN --to torch`: the encoder as safetensors, its configuration, and one Python file that depends on torch alone.
 
-The folder: `model.safetensors`, `config.json`, `encoder.py`, `manifest.json`, and `sample.safetensors`: a cloud and our encoder's map of it.
+The folder: what `worldmodel.handover.standalone_folder` says, `check_in_target.py` and `manifest.json`. An encoder of the user's own comes back as
+it is: its tensors unchanged under its own names, and no `encoder.py`. Its code is built and run where the run names it, at export, and where
+the user names it, in `wm verify --against`; reading an export imports nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from sensors.data import Part
-from sensors.errors import UsageError, WmError, one_line
-from sensors.files import check_folder, commit_folder, read_whole
-from worldmodel.encoders import standalone
-from worldmodel.encoders.contract import Clouds
+from sensors.errors import WmError, one_line
+from sensors.files import check_folder, commit_folder, read_json
+from worldmodel.config import Encoder, encoder_of
+from worldmodel.handover import check_in_target, own_folder, standalone_folder
+from worldmodel.handover.checkpoints import read_tensors
 from worldmodel.trained import Trained
-
-LIMIT = 1 << 32
 
 
 def export(trained: Trained, folder: Path, about: dict[str, Any], sample: torch.Tensor, parts: Sequence[Part]) -> dict[str, Any]:
     """Write the export of a trained run's encoder to the new folder; sample (N,F) f32 is a cloud with the encoder's columns."""
-    config = trained.config.encoder
-    if config.build:
-        raise UsageError(
-            f"the run's encoder is {one_line(config.build)}, your own: take model.safetensors of its checkpoint, keys `encoder.*`, unchanged"
-        )
-    encoder = trained.model.encoder.float().eval().cpu()
-    with torch.no_grad():
-        bev = encoder(Clouds(sample, (len(sample),)))
-    weights = {name: value.contiguous().cpu() for name, value in encoder.state_dict().items()}
-    return commit_folder(folder, {
-        "model.safetensors": save_tensors(weights, metadata={"format": "pt"}),
-        "config.json": json.dumps(dataclasses.asdict(config), indent=1).encode(),
-        "encoder.py": Path(standalone.__file__).read_bytes(),
-        "sample.safetensors": save_tensors({"points": sample.contiguous(), "map": bev.contiguous()}),
-    }, {**about, "target": "torch", "tensors": len(weights)})  # fmt: skip
+    encoder, config = trained.model.encoder, trained.config.encoder
+    files = own_folder.files_of(encoder, config, sample) if config.build else standalone_folder.files_of(encoder, config, sample)
+    files["check_in_target.py"] = Path(check_in_target.__file__).read_bytes()
+    weights = encoder.state_dict()
+    also = {"build": config.build, "difference": own_folder.prove(files, config)} if config.build else {}
+    return commit_folder(folder, files, {**about, "target": "torch", "tensors": len(weights), "digests": _digests(weights), **also})
+
+
+def _digests(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """By name, the start of the sha256 of each tensor's shape and bytes: which tensor was changed, where one was."""
+    raw = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    return {name: hashlib.sha256(repr(tuple(value.shape)).encode() + value.numpy().tobytes()).hexdigest()[:16] for name, value in raw.items()}
 
 
 def snippet(folder: Path) -> str:
     """What a user pastes to have the encoder outside of this package."""
+    if build := read_json(folder / "config.json").get("build"):
+        return (f"from safetensors.torch import load_file\nencoder.load_state_dict(load_file({str(folder / 'model.safetensors')!r}))\n"
+                f"# wm verify {folder} --against {one_line(build)}   loads it so, runs the stored cloud, compares")  # fmt: skip
     return (f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom encoder import load\nencoder = load({str(folder)!r})   # torch.nn.Module\n"
             "maps = encoder([points])          # (N,F) float32 -> (1,C,H,W)")  # fmt: skip
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Load the export in a fresh interpreter that sees nothing but torch and the folder, run the stored cloud through it, compare.
+    """Load the export where nothing but torch is seen, run the stored cloud through it, compare; see `standalone_folder.prove`.
 
-    Gives {"loaded", "tensors", "missing", "unexpected", "mismatched", "difference"}; WmError where a file is not what the manifest says."""
+    Beside what that gives: "expected", and "reasons": tensors of other values than were exported, and where config.json, manifest.json and the
+    stored cloud speak of different inputs. WmError where a file is not what the manifest says, or not what it should be."""
     manifest = check_folder(folder)
-    done = subprocess.run([sys.executable, "-I", "-c", _PROBE, str(folder)], capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise WmError(
-            f"{one_line(folder)}: does not load outside of the package ({one_line(done.stderr.strip().splitlines()[-1] if done.stderr else '', 200)})"
-        )
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    sample = load_tensors(read_whole(folder / "sample.safetensors", LIMIT))
-    if not torch.isfinite(sample["map"]).all() or float(sample["map"].abs().max()) == 0:
-        raise WmError(f"{one_line(folder)}: the stored map is empty or not finite; export the run again")
-    return {**found, "expected": int(manifest["tensors"])}
+    weights = read_tensors(folder / "model.safetensors")
+    config = encoder_of(read_json(folder / "config.json"), one_line(folder / "config.json"))
+    reasons = [*_inputs_that_differ(folder, config, manifest.get("input")), *_values_that_differ(weights, manifest.get("digests"))]
+    if config.build:
+        return {**_own(weights, manifest, config.build), "expected": int(manifest["tensors"]), "reasons": reasons}
+    return {**standalone_folder.prove(folder), "expected": int(manifest["tensors"]), "reasons": reasons}
 
 
-_PROBE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-import encoder as e
-folder = sys.argv[1]
-stored = e.read_safetensors(folder + "/model.safetensors")
-module = e.Encoder(json.loads(open(folder + "/config.json").read()))
-own = module.state_dict()
-fits = {k: v for k, v in stored.items() if k in own and own[k].shape == v.shape and own[k].dtype == v.dtype}
-module.load_state_dict(fits, strict=False)
-module.eval()
-sample = e.read_safetensors(folder + "/sample.safetensors")
-with torch.no_grad():
-    difference = float((module([sample["points"]])[0] - sample["map"][0]).abs().max())
-print(json.dumps({"loaded": len(fits), "tensors": len(own), "missing": sorted(own.keys() - stored.keys()),
-                  "unexpected": sorted(stored.keys() - own.keys()),
-                  "mismatched": sorted(k for k in stored.keys() & own.keys() if k not in fits), "difference": difference}))
-"""
+def _own(weights: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], build: str) -> dict[str, Any]:
+    """The tensors of an encoder of the user's own beside those that left; `difference` is the one measured when they did."""
+    expected, difference = manifest.get("digests"), manifest.get("difference")
+    if not isinstance(expected, dict) or not isinstance(difference, float) or manifest.get("build") != build:
+        raise WmError(f"manifest.json of an export of {one_line(build, 80)}: no digests, or no difference measured with it; export the run again")
+    note = f"the difference is that measured at export; {one_line(build, 80)} is imported only where you name it: --against {one_line(build, 80)}"
+    return {"loaded": len(expected.keys() & weights.keys()), "tensors": len(expected), "missing": sorted(expected.keys() - weights.keys()),
+            "unexpected": sorted(weights.keys() - expected.keys()), "mismatched": [], "difference": difference, "notes": [note]}  # fmt: skip
+
+
+def _values_that_differ(weights: Mapping[str, torch.Tensor], digests: Any) -> list[str]:
+    if not isinstance(digests, dict):
+        return ["manifest.json has no digests of the tensors; export the run again"]
+    out = []
+    for name, digest in _digests(weights).items():
+        if name in digests and digests[name] != digest:
+            of = next((other for other, value in digests.items() if value == digest), None)
+            out.append(f"{name} holds {f'what {of} had' if of else 'other values than were exported'}")
+    return out
+
+
+def _inputs_that_differ(folder: Path, config: Encoder, said: Any) -> list[str]:
+    """The order of columns is nowhere in the weights: the two files that name it have to agree, and the stored cloud with them."""
+    if not isinstance(said, dict):
+        raise WmError(f"{one_line(folder)}: manifest.json does not say what the input is; export the run again")
+    tree = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
+    out = [f"{key} is {one_line(said[key], 80)} in manifest.json, {one_line(tree[key], 80)} in config.json"
+           for key in tree if key in said and said[key] != tree[key]]  # fmt: skip
+    scales = said.get("scales")
+    scale = scales.get("intensity", 1.0) if isinstance(scales, dict) else 1.0
+    if scale != 1:
+        out.append(f"manifest.json speaks of intensity in 0..{one_line(scale, 20)}; these weights take 0..1")
+    points = standalone_folder.stored(folder)["points"]
+    if points.ndim != 2 or points.shape[1] != len(config.features):
+        out.append(f"the stored cloud has {points.shape[-1]} columns, config.json names {len(config.features)}")
+    elif "intensity" in config.features and len(points) and float(points[:, config.features.index("intensity")].max()) > 1.5:
+        largest = float(points[:, config.features.index("intensity")].max())
+        out.append(f"the stored cloud's intensity reaches {largest:.3g}; these weights take 0..1")
+    return out

@@ -2,7 +2,8 @@
 
 A ray is read at P positions sorted by range. With evidence they are the readings of the past (quadrants and interpolation of each sweep,
 and of the displaced copies of the newest) and geometric bins from 2 to 56.4 m for surfaces that nobody has seen; without evidence they are
-P finer bins. Between the two: the readings are positions, and the state alone has to say which of them holds. Each position gets a hazard h, a centre m and a scale s; p_i = h_i prod_{j<i} (1 - h_j), and F(r) = sum_i p_i Laplace CDF.
+P finer bins. Between the two: the readings are positions, and the state alone has to say which of them holds. Each position gets a hazard h, a
+centre m and a scale s; p_i = h_i prod_{j<i} (1 - h_j), and F(r) = sum_i p_i Laplace CDF.
 That one F serves the loss, the median, the quantiles, CRPS and PIT.
 
 Two parts add up at every position. The *prior* part knows the ray alone: its evidence, or, without any, its elevation and horizon; on
