@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from sensors.errors import UsageError, WmError, one_line
@@ -25,9 +23,9 @@ from sensors.files import JSON_BYTES, MANIFEST, check_folder, parse_json, read_w
 from worldmodel.config import Encoder, encoder_of
 from worldmodel.encoders.contract import Clouds
 from worldmodel.encoders.pillars import PillarEncoder
+from worldmodel.handover.checkpoints import read_tensors
 from worldmodel.trained import Trained
 
-LIMIT_BYTES = 1 << 33
 MOST_SLOTS = 1024
 HELD = ("config.json", "model.safetensors", "sample.safetensors")
 SAME = 1e-4  # of the largest value of the stored map: another machine adds up in another order
@@ -128,20 +126,13 @@ def of_export(folder: Path, out_indices: Sequence[int] | None = None) -> Backbon
         raise WmError(f"{shown}/{HELD[0]}: holds no configuration; export the run again")
     names = {field.name for field in dataclasses.fields(Encoder)}
     config = encoder_of({key: value for key, value in tree.items() if key in names}, f"{shown}/{HELD[0]}")
-    weights, sample = (_tensors(folder / name) for name in HELD[1:])
+    weights, sample = (read_tensors(folder / name) for name in HELD[1:])
     if config.build or config.max_points_per_pillar > MOST_SLOTS or sum(config.layers) + len(config.layers) > len(weights):
         raise WmError(f"{shown}/{HELD[0]}: describes something other than the pillar encoder whose weights lie beside it; export the run again")
     module = _with(config, weights, out_indices, shown)
     if not _gives(module, sample):
         raise WmError(f"{shown}: its encoder does not give the map that is stored beside it; export the run again")
     return module
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_tensors(read_whole(path, LIMIT_BYTES))
-    except SafetensorError as error:
-        raise WmError(f"{one_line(path)}: not safetensors ({one_line(error, 120)}); export the run again") from error
 
 
 def _gives(module: Backbone, sample: Mapping[str, Tensor]) -> bool:

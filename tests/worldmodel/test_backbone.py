@@ -132,7 +132,7 @@ def test_no_code_of_an_export_is_run(exported, tmp_path):
             return open, (str(marker), "w")
 
     pickled = edited(exported, tmp_path / "pickled", {"model.safetensors": pickle.dumps(Payload())})
-    with pytest.raises(WmError, match=r"model\.safetensors: not safetensors"):
+    with pytest.raises(WmError, match=r"model\.safetensors: .* no safetensors file"):
         worldmodel.load(pickled, features_only=True)
     assert main(["verify", str(foreign)]) == 1
     assert not marker.exists()
@@ -159,7 +159,7 @@ def test_weights_that_are_not_whole_are_refused(exported, tmp_path):
     ):
         kept = {k: v for k, v in weights.items() if change or k != name} | change
         bad = edited(exported, tmp_path / str(number), {"model.safetensors": save(kept)})
-        with pytest.raises(WmError, match="1 tensors are missing"):
+        with pytest.raises(WmError, match="1 tensors are missing|holds NaN"):
             worldmodel.load(bad, features_only=True)
 
 

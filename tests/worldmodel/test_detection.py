@@ -265,7 +265,7 @@ def test_an_export_that_is_not_what_it_says_is_refused(run, handed, tmp_path):
     cases = [
         ("fewer", {"model_safetensors": save({k: v for k, v in weights.items() if k != first})}, "are missing"),
         ("transposed", {"model_safetensors": save(weights | {first: weights[first].transpose(0, 1).contiguous()})}, "does not give the map"),
-        ("pickle", {"model_safetensors": b"\x80\x04cposix\nsystem\n."}, "not safetensors"),
+        ("pickle", {"model_safetensors": b"\x80\x04cposix\nsystem\n."}, "no safetensors file"),
         ("import", {"config_json": json.dumps(config | {"build": "os:system"}).encode()}, "your own"),
         ("key", {"config_json": json.dumps({k: v for k, v in config.items() if k != "voxel"}).encode()}, "voxel is missing"),
     ]

@@ -219,7 +219,7 @@ def test_an_export_of_another_count(remade):
 
 def test_a_map_that_proves_nothing(good, remade):
     sample = load_file(good / "sample.safetensors")
-    for wrong in ({"map": sample["map"] * 0}, {"map": sample["map"] * np.nan}):
-        folder = remade({"sample.safetensors": save(sample | wrong)})
-        refused(folder, "stored map")
+    for wrong, why in ((0.0, "stored map"), (np.nan, "map holds NaN")):
+        folder = remade({"sample.safetensors": save(sample | {"map": sample["map"] * wrong})})
+        refused(folder, why)
         shutil.rmtree(folder)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -24,12 +22,11 @@ from sensors.files import check_folder, commit_folder, read_whole
 from worldmodel.config import Encoder
 from worldmodel.encoders.contract import Clouds
 from worldmodel.handover import check_in_target
-from worldmodel.handover.checkpoints import read_checkpoint
+from worldmodel.handover.checkpoints import read_checkpoint, read_tensors
 from worldmodel.handover.folding import Column, as_target, folded
 from worldmodel.handover.mmdet3d_modules import BASES, NORM, Base, Detector, load_checkpoint, merged, read_config
 from worldmodel.trained import Trained
 
-LIMIT = 1 << 32
 WEIGHTS, CONFIG, SAMPLE, GUIDE = "wm_mmdet3d.pth", "wm_mmdet3d.py", "sample.safetensors", "GUIDE.txt"
 COLUMNS = {"kitti": ("x", "y", "z", "intensity"), "centerpoint": ("x", "y", "z", "intensity", "dt")}
 INTENSITY = {"kitti": 1.0, "centerpoint": 255.0}
@@ -213,10 +210,7 @@ def snippet(folder: Path) -> str:
 
 
 def _sample(folder: Path) -> dict[str, Tensor]:
-    try:
-        sample = load_tensors(read_whole(folder / SAMPLE, LIMIT))
-    except SafetensorError as error:
-        raise WmError(f"{one_line(folder / SAMPLE)}: {one_line(error, 120)}; export the run again") from error
+    sample = read_tensors(folder / SAMPLE)
     if not {"points", "map"} <= set(sample) or sample["points"].ndim != 2 or not torch.isfinite(sample["map"]).all() or not sample["map"].any():
         raise WmError(f"{one_line(folder / SAMPLE)}: no cloud with a finite map that is not empty; export the run again")
     return sample

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -48,7 +46,6 @@ from worldmodel.handover.openpcdet_modules import (
 from worldmodel.trained import Trained
 
 CHECKPOINT, SAMPLE, GUIDE = "wm_openpcdet.pth", "sample.safetensors", "GUIDE.txt"
-LIMIT = 1 << 32
 TOLERANCE = 1e-5
 FIRST = "vfe.pfn_layers.0.linear.weight"
 NAMES = {"dt": "timestamp"}  # theirs for ours; the others are called alike
@@ -366,10 +363,7 @@ def _yaml(path: Path, what: str) -> Any:
 
 
 def _sample(folder: Path) -> dict[str, Tensor]:
-    try:
-        sample = load_tensors(read_whole(folder / SAMPLE, LIMIT))
-    except SafetensorError as error:
-        raise WmError(f"{one_line(folder / SAMPLE)}: {one_line(error, 120)}; export the run again") from error
+    sample = read_tensors(folder / SAMPLE)
     if not {"points", "map"} <= set(sample) or sample["points"].ndim != 2 or not len(sample["points"]) or not torch.isfinite(sample["map"]).all():
         raise WmError(f"{one_line(folder / SAMPLE)}: no cloud with a finite map; export the run again")
     if not bool(sample["map"].any()):

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -29,10 +27,10 @@ from worldmodel.config import Encoder, encoder_of
 from worldmodel.encoders import standalone
 from worldmodel.encoders.contract import Clouds
 from worldmodel.handover import check_in_target, voxelize
+from worldmodel.handover.checkpoints import read_tensors
 from worldmodel.handover.folding import Column, as_target, folded
 from worldmodel.trained import Trained
 
-LIMIT = 1 << 32
 FIRST = "pfn_layers.0.linear.weight"
 MOST_POINTS, MOST_PILLARS = 1 << 22, 1 << 20
 RUNS, SECONDS = 20, 10.0
@@ -164,12 +162,10 @@ class Stored:
         if not isinstance(tree, dict) or not isinstance(tree.get("input"), dict):
             raise WmError(f"{what}/config.json: no configuration of an encoder; export the run again")
         self.config = encoder_of(tree.get("encoder", {}), f"{what}/config.json")
-        try:
-            weights = load_tensors(read_whole(folder / "model.safetensors", LIMIT))
-            sample = load_tensors(read_whole(folder / "sample.safetensors", LIMIT))
-            self.cloud, self.bev = sample["points"], sample["map"]
-        except (SafetensorError, KeyError) as error:
-            raise WmError(f"{what}: {one_line(error, 120)}; export the run again") from error
+        weights, sample = (read_tensors(folder / f"{name}.safetensors") for name in ("model", "sample"))
+        if not {"points", "map"} <= sample.keys():
+            raise WmError(f"{what}/sample.safetensors: no cloud with its map; export the run again")
+        self.cloud, self.bev = sample["points"], sample["map"]
         if self.cloud.ndim != 2 or not torch.isfinite(self.bev).all() or not self.bev.any():
             raise WmError(f"{what}/sample.safetensors: no cloud with a finite map that is not empty; export the run again")
         if sum(self.config.layers) + len(self.config.pfn_widths) > len(weights):

@@ -14,12 +14,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from sensors.errors import WmError, one_line
-from sensors.files import read_json, read_whole
+from sensors.files import read_json
 from worldmodel.config import Encoder, encoder_of
 from worldmodel.encoders.contract import Clouds, build_encoder
+from worldmodel.handover.checkpoints import read_tensors
 
 TOLERANCE = 1e-5
-LIMIT_BYTES = 1 << 33
 
 
 def files_of(encoder: nn.Module, config: Encoder, sample: Tensor) -> dict[str, bytes]:
@@ -53,7 +53,7 @@ def config_of(folder: Path) -> Encoder | None:
 
 def compared(folder: Path, encoder: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """The line that says how the map of the user's encoder, given these weights, differs from the stored one; [] where it does not."""
-    found = _difference(encoder, weights, load_tensors(read_whole(folder / "sample.safetensors", LIMIT_BYTES)))
+    found = _difference(encoder, weights, read_tensors(folder / "sample.safetensors"))
     return [] if found <= TOLERANCE else [f"the map of the stored cloud differs by up to {found:.2g}: it computes something else than in pretraining"]
 
 

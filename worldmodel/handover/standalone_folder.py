@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
@@ -26,8 +24,8 @@ from worldmodel.config import Encoder
 from worldmodel.encoders import standalone
 from worldmodel.encoders.contract import Clouds
 from worldmodel.handover import check_in_target
+from worldmodel.handover.checkpoints import read_tensors
 
-LIMIT_BYTES = 1 << 33
 CODE_BYTES = 1 << 20
 
 
@@ -53,10 +51,7 @@ def files_of(encoder: nn.Module, config: Encoder, sample: Tensor, also: Mapping[
 
 def stored(folder: Path, name: str = "sample.safetensors") -> dict[str, Tensor]:
     """The tensors of a file of the folder; of the sample: points (N,F) and map (1,C,H,W)."""
-    try:
-        return load_tensors(read_whole(folder / name, LIMIT_BYTES))
-    except SafetensorError as error:
-        raise WmError(f"{one_line(folder / name)}: not safetensors ({one_line(error, 120)}); export the run again") from error
+    return read_tensors(folder / name)
 
 
 def prove(folder: Path) -> dict[str, Any]:
