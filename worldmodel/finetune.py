@@ -13,8 +13,8 @@ A task is one file of `worldmodel/downstream/`, found by its name, with
     detections(example, answer) -> [Detection]     only of a task that finds boxes: what `worldmodel.results` writes
 
 Labels are drawn by log: the fractions are nested and the same for every arm. Every arm trains until its validation score has not
-improved for `patience` evaluations, at most `most_steps`; the score reported is the test score of the best validation. Scratch gets no
-less time than the others.
+improved for `patience` evaluations, at least `least_steps` (a score at a threshold may fall before it rises) and at most `most_steps`; the score
+reported is the test score of the best validation. Scratch gets no less time than the others.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Plan:
 
     batch: int = 6
     lr: float = 2e-3
+    least_steps: int = 400
     most_steps: int = 900
     every: int = 40
     patience: int = 5
@@ -166,7 +167,7 @@ class Trial:
         optimizer = torch.optim.AdamW(parameters, plan.lr, betas=(0.9, 0.99), weight_decay=1e-2)
         curve: list[tuple[int, float]] = []
         best, since, step = (-1.0, copy.deepcopy((self.encoder.state_dict(), self.head.state_dict()))), 0, 0
-        while step < plan.most_steps and since < plan.patience:
+        while step < plan.most_steps and (since < plan.patience or step < plan.least_steps):
             warm = min(1.0, (step + 1) / 30)
             late = 0.3 if since >= plan.patience - 2 else 1.0  # a lower rate before giving up
             for group in optimizer.param_groups:

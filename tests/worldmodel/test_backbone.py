@@ -159,7 +159,7 @@ def test_weights_that_are_not_whole_are_refused(exported, tmp_path):
     ):
         kept = {k: v for k, v in weights.items() if change or k != name} | change
         bad = edited(exported, tmp_path / str(number), {"model.safetensors": save(kept)})
-        with pytest.raises(WmError, match="1 tensors are missing|holds NaN"):
+        with pytest.raises(WmError, match=r"1 tensors are missing|holds NaN"):
             worldmodel.load(bad, features_only=True)
 
 

@@ -123,6 +123,20 @@ def test_finetuning_compares_all_arms_on_the_same_terms(run, parts):
     assert next(r for r in rows if r["arm"] == "scratch" and r["fraction"] == 1.0)["minus_scratch"] == 0
 
 
+def test_no_arm_stops_before_its_least_steps(run, parts, monkeypatch):
+    import importlib
+
+    from worldmodel.start import open_start
+
+    start = open_start(run)
+    task = importlib.import_module("worldmodel.downstream.bev_segmentation")
+    frames = finetune.examples(parts[:1], task, start.config, 0.5)
+    monkeypatch.setattr(finetune.Trial, "score", lambda self, examples: 0.5)  # never improves
+    for least, steps in ((0, 3), (6, 6)):
+        plan = finetune.Plan(batch=1, least_steps=least, most_steps=9, every=1, patience=2, threads=1)
+        assert finetune.Trial(start, "pretrained_frozen", 0, task, plan).train(frames, frames)[0] == steps
+
+
 def test_smaller_label_shares_are_part_of_larger_ones():
     logs = [f"synthetic/{i}" for i in range(50)]
     assert set(finetune.drawn(logs, 0.02)) < set(finetune.drawn(logs, 0.3)) < set(finetune.drawn(logs, 1.0)) == set(logs)
