@@ -255,10 +255,6 @@ def check_manifest(manifest: Mapping[str, Any], what: str) -> list[files.Entry]:
     return entries
 
 
-def unknown_keys(manifest: Mapping[str, Any]) -> list[str]:
-    return sorted(set(manifest) - set(_MANIFEST))
-
-
 def checked_offsets(table: Any, size: int | None, what: str) -> None:
     """Refuse an index whose stamps do not ascend or whose records do not fill the pack of `size` bytes (None: no pack) one after the other."""
     try:

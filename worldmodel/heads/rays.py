@@ -83,10 +83,6 @@ class Mixture(NamedTuple):
         laplace = -(ranges[:, None] - self.centre).abs() / self.scale - torch.log(2 * self.scale)
         return torch.logsumexp(self.log_mass + laplace, 1)
 
-    def log_returned(self) -> Tensor:
-        """log of the probability that there is a return at all within the positions (N,)."""
-        return torch.log(-torch.expm1(self.log_left.clamp(max=-1e-6)))
-
     def crps(self, ranges: Tensor) -> Tensor:
         """CRPS (N,) in metres at ranges (N,), given that there is a return; closed form, see `sensors.kernels.mixture.crps`."""
         p = (self.log_mass - torch.logsumexp(self.log_mass, 1, keepdim=True)).exp()
@@ -97,11 +93,6 @@ class Mixture(NamedTuple):
         s = 0.5 * (self.scale[:, :, None] + self.scale[:, None, :])
         pair = gap + 0.5 * (3 * s + gap) * torch.exp(-gap / s)
         return to_truth - 0.5 * (p[:, :, None] * p[:, None, :] * pair).sum((1, 2))
-
-
-def has_evidence(angle: Tensor) -> Tensor:
-    """(N,) bool from the angles (N,S) of the nearest readings: some sweep looked within NEAR_ENOUGH_RAD of the ray."""
-    return (angle < NEAR_ENOUGH_RAD).any(1)
 
 
 def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
