@@ -86,7 +86,10 @@ class _Simulation:
             open_labels=self.open_labels,
             measured_speed=(grid_ns[wheel], measured),
             ego_box=(EGO_BOX[0], EGO_BOX[1], EGO_BOX[2] + 0.15, EGO_BOX[3], EGO_BOX[4], EGO_BOX[5]),
-            notes=(f"{self.street.style} street, {len(self.street.junctions)} junctions, {len(self.traffic.actors)} road users",),
+            notes=(
+                f"{self.street.style} street, {len(self.street.junctions)} junctions, {len(self.traffic.actors)} road users"
+                + (", dense traffic" if self.street.density else ""),
+            ),
         )
         self._recent: dict[int, Measurement] = {}
         self._truths: dict[tuple[str, int], tuple[Array, ...]] = {}

@@ -35,6 +35,9 @@ KINDS: dict[str, tuple[str, Callable[[Thing, np.random.Generator], Mesh]]] = {
     "tree": ("vegetation", lambda t, rng: shapes.tree(t.height, t.width / 2, t.extra[0], t.extra[1], rng)),
     "hedge": ("vegetation", lambda t, rng: shapes.hedge(t.length, t.width, t.height, rng)),
     "fence": ("fence", lambda t, rng: shapes.fence(t.length, t.width, t.height, rng)),
+    "rail": ("fence", lambda t, rng: shapes.rail(t.length, t.height)),
+    "barrier": ("fence", lambda t, rng: shapes.barrier(t.length, t.width, t.height)),
+    "noisewall": ("fence", lambda t, rng: shapes.noise_wall(t.length, t.width, t.height)),
     "lamp": ("pole", lambda t, rng: shapes.pole(t.height, t.extra[0], "lamp")),
     "sign": ("pole", lambda t, rng: shapes.pole(t.height, t.extra[0], "sign")),
     "light": ("pole", lambda t, rng: shapes.pole(t.height, t.extra[0], "light")),
@@ -115,11 +118,14 @@ def _ground(street: Street, way: Array) -> _Ground:
     far_road = edge[ctri].mean(1) < 0
     material = [np.where(far_road, MATERIAL_INDEX["asphalt"], MATERIAL_INDEX["grass"])[~under], np.full(int(under.sum()), MATERIAL_INDEX["asphalt"])]
     category = [np.where(far_road, CATEGORY_INDEX["road"], CATEGORY_INDEX["terrain"])[~under], np.full(int(under.sum()), CATEGORY_INDEX["road"])]
-    material.append(np.where(depth < 0.35, MATERIAL_INDEX["asphalt"], MATERIAL_INDEX["grass"]))
-    category.append(np.where(depth < 0.35, CATEGORY_INDEX["road"], CATEGORY_INDEX["terrain"]))
+    paved = depth < 0.35
+    if street.median in ("hedge", "grass"):
+        paved &= np.abs(fu[ftri]).mean(1) > street.roads[0].median / 2 - 0.3
+    material.append(np.where(paved, MATERIAL_INDEX["asphalt"], MATERIAL_INDEX["grass"]))
+    category.append(np.where(paved, CATEGORY_INDEX["road"], CATEGORY_INDEX["terrain"]))
     road = [np.full(len(ctri), -1), np.where(same & (fedge[ftri] < 0.5).all(1), froad[ftri[:, 0]], -1)]
     on_road = [np.zeros((2 * len(coarse), 2)), np.stack((fs, fu), 1)]
-    for index in range(len(street.roads)):
+    for index in (i for i, r in enumerate(street.roads) if r.sidewalk > 0):
         v, t = _pavement(street, index, way, tree)
         triangles.append(t + sum(len(x) for x in vertices))
         vertices.append(v)
@@ -166,7 +172,7 @@ def standing_on(street: Street, things: tuple[Thing, ...]) -> Array:
         return np.zeros(0)
     places = np.array([(t.x, t.y) for t in things])
     edge = street.edge_distance(places)[0]
-    return street.land(places) + np.where(edge > 0, KERB_M, 0.025 * np.clip(-edge, 0, 6.0))
+    return street.land(places) + np.where(edge > 0, KERB_M, 0.025 * np.clip(-edge, 0, 6.0)) + street.banked(edge)
 
 
 class Scene:
@@ -325,9 +331,9 @@ class Scene:
             mine = road == i
             if not mine.any():
                 continue
-            o = np.abs(offset)
+            o = np.abs(offset) - r.median / 2
             dashed = np.mod(s, 7.5) < 3.0
-            lines = (o < 0.07) & (dashed | (r.lanes > 1))
+            lines = (np.abs(o) < 0.07) & (dashed | (r.lanes > 1))
             for lane in range(1, r.lanes):
                 lines |= (np.abs(o - lane * r.lane_width) < 0.07) & dashed
             if i == 0:

@@ -250,6 +250,26 @@ def fence(length: float, width: float, height: float, rng: np.random.Generator) 
     return join(parts)
 
 
+def rail(length: float, height: float) -> Mesh:
+    """A guard rail: a beam on both sides of posts every 2 m."""
+    posts = [box(0.10, 0.14, height + 0.4, "metal", (x, 0, -0.4)) for x in np.arange(-0.5 * length + 0.1, 0.5 * length, 2.0)]
+    return join(posts + [box(length, 0.08, 0.31, "metal", (0, y, height - 0.32)) for y in (-0.13, 0.13)])
+
+
+def barrier(length: float, width: float, height: float) -> Mesh:
+    """A concrete barrier: a broad foot, and a wall that narrows upwards."""
+    y = np.array((-0.5, 0.5, 0.48, 0.3, 0.2, -0.2, -0.3, -0.48)) * width
+    z = np.array((-0.4, -0.4, 0.1, 0.35, height, height, 0.35, 0.1))
+    near, far = (np.stack((np.full(8, x), y, z), 1) for x in (-0.5 * length, 0.5 * length))
+    return loft(near, far, "pavement")
+
+
+def noise_wall(length: float, width: float, height: float) -> Mesh:
+    """Panels between posts at both ends."""
+    posts = [box(0.16, width, height + 0.5, "metal", (s * (0.5 * length - 0.08), 0, -0.5)) for s in (-1, 1)]
+    return join([*posts, box(length - 0.3, 0.5 * width, height + 0.4, "wall", (0, 0, -0.5))])
+
+
 def pole(height: float, radius: float, kind: str) -> Mesh:
     """A post in the ground with what its kind carries: ``lamp`` an arm, ``sign`` a plate, ``light`` a traffic light, else nothing."""
     parts = [column(radius, height + 0.5, "metal", (0, 0, -0.5), 0.7)]

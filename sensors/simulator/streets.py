@@ -38,20 +38,32 @@ class Style:
     street_trees: float
     garden: float
     speed: tuple[float, float]
+    radius: float
 
 
 STYLES = {
-    "residential": Style((1,), (2.8, 3.4), 0.70, (1.6, 3.0), (0.5, 9.0), (1, 3), (3.0, 14.0), 0.55, (8, 16), 0.45, 0.8, (6, 12)),
-    "urban": Style((1, 1, 2), (3.0, 3.5), 0.80, (2.5, 5.5), (0.0, 2.5), (3, 6), (4.0, 16.0), 0.20, (10, 26), 0.55, 0.15, (7, 14)),
-    "suburban": Style((1,), (2.9, 3.5), 0.35, (1.6, 2.8), (5.0, 16.0), (1, 3), (5.0, 26.0), 0.65, (9, 18), 0.35, 1.0, (8, 15)),
-    "arterial": Style((1, 2, 2), (3.2, 3.7), 0.25, (2.0, 4.5), (3.0, 16.0), (2, 6), (6.0, 30.0), 0.50, (14, 40), 0.75, 0.5, (11, 20)),
+    "residential": Style((1,), (2.8, 3.4), 0.70, (1.6, 3.0), (0.5, 9.0), (1, 3), (3.0, 14.0), 0.55, (8, 16), 0.45, 0.8, (6, 12), 60),
+    "urban": Style((1, 1, 2), (3.0, 3.5), 0.80, (2.5, 5.5), (0.0, 2.5), (3, 6), (4.0, 16.0), 0.20, (10, 26), 0.55, 0.15, (7, 14), 60),
+    "suburban": Style((1,), (2.9, 3.5), 0.35, (1.6, 2.8), (5.0, 16.0), (1, 3), (5.0, 26.0), 0.65, (9, 18), 0.35, 1.0, (8, 15), 60),
+    "arterial": Style((1, 2, 2), (3.2, 3.7), 0.25, (2.0, 4.5), (3.0, 16.0), (2, 6), (6.0, 30.0), 0.50, (14, 40), 0.75, 0.5, (11, 20), 130),
+    "trunk": Style((2, 2, 3), (3.3, 3.75), 0.0, (0.0, 0.0), (0, 0), (1, 4), (0, 0), 0.0, (14, 40), 0.0, 0.0, (16, 30), 300),
 }
+SHARES = {"residential": 0.36, "urban": 0.26, "suburban": 0.22, "arterial": 0.16}
+# Trunk roads, and dense traffic on the other roads that have it, are drawn by a generator of their own.
+TRUNK_SHARE = 0.2
+RUSH_SHARE = 0.25
+# What trunk roads need beyond the others: room for the speeds there, and sight to all sides that ends before the road does.
+TRUNK_FASTER = 1.6
+TRUNK_REACH_M = 175.0
+# what stands between the directions of a trunk road, and how wide that strip is
+MEDIANS = {"rail": (1.6, 4.0), "barrier": (1.4, 2.6), "hedge": (2.6, 5.0), "grass": (4.0, 9.0)}
+BANK_M = (2.0, 14.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Road:
     """centre (N,2) at every STEP_M of arc length from s = start on, heading (N,) rad without jumps; lanes per direction, parking strips
-    (left, right); half_width reaches to the kerbs."""
+    (left, right), median: width of what lies between the directions; half_width reaches to the kerbs."""
 
     centre: Array
     heading: Array
@@ -61,10 +73,12 @@ class Road:
     parking: tuple[bool, bool]
     sidewalk: float
     speed: float
+    shoulder: float = 0.3
+    median: float = 0.0
 
     @property
     def half_width(self) -> float:
-        return self.lane_width * self.lanes + (PARKING_M if any(self.parking) else 0.3)
+        return self.median / 2 + self.lane_width * self.lanes + (PARKING_M if any(self.parking) else self.shoulder)
 
     @property
     def stop(self) -> float:
@@ -87,7 +101,7 @@ class Road:
 
     def lane_offset(self, direction: int, lane: int) -> float:
         """u of the middle of a lane (0 is the one beside the centre line) for traffic along (+1) or against (-1) the road."""
-        return -direction * self.lane_width * (lane + 0.5)
+        return -direction * (self.median / 2 + self.lane_width * (lane + 0.5))
 
     @cached_property
     def bounds(self) -> tuple[Array, Array]:
@@ -152,7 +166,9 @@ class Thing:
 @dataclass(frozen=True, eq=False)
 class Street:
     """Roads (the first is the main one), junctions along it, things beside it, and the ground's waves: (K,4) of amplitude, wave vector
-    (2), phase, for the land, the roads' surface and the open ground."""
+    (2), phase, for the land, the roads' surface and the open ground. median: a key of MEDIANS, or "" where the directions share one
+    carriageway; bank: how far the land rises beside the roads (negative: falls); density: of dense traffic along the main road and
+    against it, from 0 (sparse) to 1 (at a standstill), None where traffic is what it mostly is."""
 
     seed: int
     style: str
@@ -163,6 +179,9 @@ class Street:
     things: tuple[Thing, ...] = ()
     sun: tuple[float, float] = (0.7, 0.8)
     warm: float = field(default=0.5)
+    median: str = ""
+    bank: float = 0.0
+    density: tuple[float, float] | None = None
 
     def edge_distance(self, points: Array, reach: float = 45.0) -> tuple[Array, Array, Array, Array, Array]:
         """For world points (N,2): distance to the nearest carriageway's edge (negative on it, large far from all), that road's index
@@ -186,6 +205,11 @@ class Street:
         """Height (N,) of the land without roads' profile and small unevenness."""
         return points @ np.array(self.slope) + _waves(self.waves[0], points)
 
+    def banked(self, edge: Array) -> Array:
+        """By how much (N,) the banks lift the ground at these distances from a carriageway's edge."""
+        t = np.clip((edge - BANK_M[0]) / (BANK_M[1] - BANK_M[0]), 0, 1)
+        return np.asarray(self.bank * t * t * (3 - 2 * t))
+
     def height(self, points: Array) -> Array:
         """Ground height (N,) at world points (N,2): land, the carriageways' camber (2.5 %), kerbs, small unevenness."""
         return self.profile(points, self.edge_distance(points)[0])
@@ -194,7 +218,7 @@ class Street:
         land = self.land(points) + _waves(self.waves[1], points)
         camber = 0.025 * np.clip(-edge, 0, 6.0)
         rough = np.clip((edge - 1.5) / 3.0, 0, 1)
-        return land + np.where(edge < 0, camber, kerb) + rough * _waves(self.waves[2], points)
+        return land + np.where(edge < 0, camber, kerb) + rough * _waves(self.waves[2], points) + self.banked(edge)
 
 
 def _waves(table: Array, points: Array) -> Array:
@@ -221,19 +245,44 @@ def rect_overlap(a: Array, b: Array, margin: float = 0.0) -> Array:
 
 
 def build_street(seed: int, ahead_m: float) -> Street:
-    """The street of a seed, with room for `ahead_m` of driving from the origin (and REACH_M of sight before and beyond)."""
-    rng = np.random.default_rng([seed, 1])
-    name = str(rng.choice(list(STYLES), p=[0.36, 0.26, 0.22, 0.16]))
+    """The street of a seed, with room for `ahead_m` of driving from the origin (TRUNK_FASTER times that on a trunk road) and REACH_M
+    (TRUNK_REACH_M) of sight before and beyond."""
+    rng, crowd = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 9])
+    name = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    name = "trunk" if crowd.random() < TRUNK_SHARE else name
+    rush = name == "trunk" or (name in ("urban", "arterial") and crowd.random() < RUSH_SHARE)
+    density = (float(crowd.uniform(0, 1)), float(crowd.uniform(0, 1))) if rush else None
+    if name == "trunk":
+        return _trunk_road(seed, rng, ahead_m, density)
     style = STYLES[name]
-    main = _main_road(rng, style, ahead_m)
-    roads, junctions = _side_roads(rng, style, main, ahead_m)
+    main = _main_road(rng, style, ahead_m, REACH_M)
+    roads, junctions = _side_roads(rng, main)
     bearing, steep = rng.uniform(0, 2 * np.pi), rng.triangular(0, 0.0, 0.045)
     waves = (_draw_waves(rng, 3, (80, 260), (0.1, 0.7)), _draw_waves(rng, 3, (3, 11), (0.002, 0.007)), _draw_waves(rng, 4, (2.2, 7), (0.01, 0.045)))
     street = Street(
         seed, name, (main, *roads), junctions, (steep * np.cos(bearing), steep * np.sin(bearing)), waves,
-        sun=(float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0.5, 1.1))), warm=float(rng.random()),
+        sun=(float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0.5, 1.1))), warm=float(rng.random()), density=density,
     )  # fmt: skip
-    return replace(street, things=tuple(_Furnishing(street, style, rng).things))
+    furnishing = _Furnishing(street, style, rng)
+    furnishing.line_streets()
+    return replace(street, things=tuple(furnishing.things))
+
+
+def _trunk_road(seed: int, rng: np.random.Generator, ahead_m: float, density: tuple[float, float] | None) -> Street:
+    style = STYLES["trunk"]
+    median = str(rng.choice(list(MEDIANS), p=(0.45, 0.25, 0.15, 0.15)))
+    main = _main_road(rng, style, TRUNK_FASTER * ahead_m, TRUNK_REACH_M)
+    main = replace(main, median=float(rng.uniform(*MEDIANS[median])), shoulder=float(rng.triangular(0.4, 0.6, 3.0)))
+    bearing, steep = rng.uniform(0, 2 * np.pi), rng.triangular(0, 0.0, 0.03)
+    waves = (_draw_waves(rng, 2, (200, 500), (0.2, 1.0)), _draw_waves(rng, 3, (4, 16), (0.001, 0.004)), _draw_waves(rng, 4, (2.2, 7), (0.01, 0.06)))
+    bank = float(rng.choice((0.0, 1.0, -1.0), p=(0.35, 0.4, 0.25)) * rng.uniform(1.0, 3.5))
+    street = Street(
+        seed, "trunk", (main,), (), (steep * np.cos(bearing), steep * np.sin(bearing)), waves,
+        sun=(float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0.5, 1.1))), warm=float(rng.random()), median=median, bank=bank, density=density,
+    )  # fmt: skip
+    furnishing = _Furnishing(street, style, rng)
+    furnishing.line_trunk()
+    return replace(street, things=tuple(furnishing.things))
 
 
 def _draw_waves(rng: np.random.Generator, count: int, length: tuple[float, float], amplitude: tuple[float, float]) -> Array:
@@ -250,32 +299,31 @@ def _line(start: Array, heading: float, curvature: Array) -> tuple[Array, Array]
     return np.concatenate((start[None], start + np.cumsum(steps, 0))), headings
 
 
-def _main_road(rng: np.random.Generator, style: Style, ahead_m: float) -> Road:
-    count = int(2 * REACH_M + ahead_m)
+def _main_road(rng: np.random.Generator, style: Style, ahead_m: float, reach_m: float) -> Road:
+    count = int(2 * reach_m + ahead_m)
     curvature: list[float] = []
     heading = 0.0
     while len(curvature) < count:
         length = int(rng.uniform(30, 90))
-        sharpest = 1 / (60.0 if style.speed[1] <= 15 else 130.0)
-        k = 0.0 if rng.random() < 0.4 else rng.uniform(0.15, 1.0) * sharpest * rng.choice((-1, 1))
+        k = 0.0 if rng.random() < 0.4 else rng.uniform(0.15, 1.0) * (1 / style.radius) * rng.choice((-1, 1))
         if abs(heading + k * length) > 0.7:
             k = -np.sign(heading) * abs(k)
         curvature += [k] * length
         heading += k * length
     bends = np.convolve(curvature[:count], np.hanning(17) / np.hanning(17).sum(), mode="same")
     centre, headings = _line(np.zeros(2), 0.0, bends)
-    origin = int(REACH_M)
+    origin = int(reach_m)
     headings = headings - headings[origin]
     centre, headings = _line(np.zeros(2), float(headings[0]), np.diff(headings) / STEP_M)
     parking = (bool(rng.random() < style.parking), bool(rng.random() < style.parking))
     speed = float(rng.uniform(*style.speed))
     return Road(
-        centre - centre[origin], headings, -REACH_M, float(rng.uniform(*style.lane)), int(rng.choice(style.lanes)), parking,
+        centre - centre[origin], headings, -reach_m, float(rng.uniform(*style.lane)), int(rng.choice(style.lanes)), parking,
         float(rng.uniform(*style.sidewalk)), speed,
     )  # fmt: skip
 
 
-def _side_roads(rng: np.random.Generator, style: Style, main: Road, ahead_m: float) -> tuple[list[Road], tuple[Junction, ...]]:
+def _side_roads(rng: np.random.Generator, main: Road) -> tuple[list[Road], tuple[Junction, ...]]:
     roads: list[Road] = []
     junctions = []
     s = rng.uniform(14, 50) - 100.0 * (rng.random() < 0.6)
@@ -316,6 +364,7 @@ def vehicle_size(rng: np.random.Generator, kind: str) -> tuple[float, float, flo
         "car": ((3.6, 1.62, 1.38), (4.9, 1.90, 1.68)),
         "van": ((4.8, 1.90, 1.90), (6.0, 2.10, 2.60)),
         "truck": ((6.5, 2.30, 2.80), (9.5, 2.50, 3.60)),
+        "trailer": ((10.0, 2.45, 3.40), (16.0, 2.55, 4.00)),
         "cyclist": ((1.70, 0.58, 1.62), (1.85, 0.66, 1.85)),
         "pedestrian": ((0.55, 0.52, 1.45), (0.80, 0.68, 1.92)),
     }[kind]
@@ -330,16 +379,20 @@ class _Furnishing:
         self.street, self.style, self.rng = street, style, rng
         self.things: list[Thing] = []
         self.rects = np.zeros((4096, 5))
-        for index in range(len(street.roads)):
-            for side in (-1, 1):
-                self._parked(index, side)
-        for index in range(len(street.roads)):
-            for side in (-1, 1):
-                self._frontage(index, side)
-        for index in range(len(street.roads)):
-            for side in (-1, 1):
-                self._kerbside(index, side)
-        self._backdrop()
+
+    def line_streets(self) -> None:
+        for line in (self._parked, self._frontage, self._kerbside):
+            for index in range(len(self.street.roads)):
+                for side in (-1, 1):
+                    line(index, side)
+        self._close_ends()
+        self._far_off()
+
+    def line_trunk(self) -> None:
+        self._median()
+        for side in (-1, 1):
+            self._verge(side)
+        self._far_off()
 
     def put(
         self, kind: str, place: tuple[Array, float], size: Triple, clear: float, rgb: Triple = (0.6, 0.6, 0.6),
@@ -494,8 +547,65 @@ class _Furnishing:
             turn = 0.0 if side < 0 else np.pi
             self.put(kind, self.place(road, s, u, turn), size, 0.12, (0.25, 0.3, 0.28), extra=(0.05, 0.0))
 
-    def _backdrop(self) -> None:
-        """What closes the view: a building or trees across each road's end, groups of trees and houses farther out."""
+    def _row(self, kind: str, start: float, stop: float, u: float, piece: Triple, rgb: Triple = (0.6, 0.6, 0.6)) -> None:
+        """Pieces (length, width, height) end to end along the main road at u."""
+        road = self.street.roads[0]
+        for s in np.arange(start, stop - piece[0], piece[0] + 0.03):
+            self.put(kind, self.place(road, s + piece[0] / 2, u, np.pi * (u > 0)), piece, -10.0, rgb, margin=0.0)
+
+    def _median(self) -> None:
+        """What keeps the directions of a trunk road apart, and what stands between them."""
+        road, rng, kind = self.street.roads[0], self.rng, self.street.median
+        if kind == "rail":
+            for u in (0.0,) if road.median < 2.6 else (-road.median / 2 + 0.7, road.median / 2 - 0.7):
+                self._row("rail", road.start, road.stop, u, (4.0, 0.36, 0.75))
+        elif kind == "barrier":
+            self._row("barrier", road.start, road.stop, 0.0, (6.0, 0.6, float(rng.uniform(0.8, 1.1))))
+        elif kind == "hedge":
+            self._row("hedge", road.start, road.stop, 0.0, (5.0, min(1.6, road.median - 1.2), float(rng.uniform(0.8, 2.0))))
+        elif rng.random() < 0.6:
+            for s in np.arange(road.start + rng.uniform(0, 20), road.stop, rng.uniform(6, 25)):
+                self._tree(self.place(road, s + rng.normal(0, 1), rng.normal(0, 0.1 * road.median)), small=rng.random() < 0.6, clear=-10.0)
+        if kind != "barrier" and rng.random() < 0.3:
+            every = rng.uniform(35, 50)
+            for s in np.arange(road.start + rng.uniform(0, every), road.stop, every):
+                self.put("lamp", self.place(road, s, 0.3), (0.22, 0.22, rng.uniform(9, 12)), -10.0, extra=(0.11, 0.0), margin=0.0)
+
+    def _verge(self, side: int) -> None:
+        """Beside a trunk road: rail, posts, signs, lamps, and in stretches noise walls, trees and bushes, houses or open land behind them."""
+        road, rng = self.street.roads[0], self.rng
+        edge = road.half_width
+        leafy = rng.uniform(0.2, 1.6)
+        lamps = rng.random() < 0.4
+        every = rng.uniform(35, 50)
+        s = road.start
+        while s < road.stop:
+            stop = min(s + rng.uniform(60, 220), road.stop)
+            walled = rng.random() < 0.45
+            if walled:
+                tint = rng.uniform(0.35, 0.7)
+                size = (4.5, 0.3, float(rng.uniform(2.0, 4.0)))
+                self._row("noisewall", s, stop, side * (edge + rng.uniform(1.6, 3.0)), size, (tint, tint * rng.uniform(0.9, 1.1), 0.9 * tint))
+            if rng.random() < (0.5 if walled else 0.8):
+                self._row("rail", s, stop, side * (edge + 0.6), (4.0, 0.36, 0.75))
+            else:
+                for at in np.arange(s + 5, stop, 25.0):
+                    self.put("bollard", self.place(road, at, side * (edge + 0.5)), (0.2, 0.2, 1.0), -10.0, (0.9, 0.9, 0.9))
+            dense = leafy * rng.uniform(0.3, 1.3)
+            nearest = edge + (5.5 if walled else rng.uniform(1.7, 4.5))
+            for _ in range(rng.poisson(0.6 * dense * (stop - s))):
+                u = nearest + rng.exponential(6.0)
+                self._tree(self.place(road, rng.uniform(s, stop), side * u), small=u < nearest + 2.5 or rng.random() < 0.5, clear=1.5)
+            s = stop
+        for s in np.arange(road.start + rng.uniform(0, every), road.stop if lamps else road.start, every):
+            point, heading = self.place(road, s, side * (edge + 1.15))
+            self.put("lamp", (point, heading - np.pi / 2 * (side + 1)), (0.22, 0.22, rng.uniform(8, 12)), 0.5, extra=(0.11, 0.0), margin=0.05)
+        for _ in range(rng.poisson(len(road.centre) / 90)):
+            place = self.place(road, rng.uniform(road.start, road.stop), side * (edge + 1.25), np.pi * (side > 0))
+            self.put("sign", place, (0.12, 0.6, rng.uniform(2.4, 3.4)), 0.5, extra=(0.06, 0.0), margin=0.05)
+
+    def _close_ends(self) -> None:
+        """What closes the view: a building or trees across each road's end."""
         rng = self.rng
         for road in self.street.roads:
             for s, out in ((road.start, -1), (road.stop, 1)):
@@ -506,7 +616,10 @@ class _Furnishing:
                 if rng.random() < 0.5:
                     size = (rng.uniform(18, 34), 9.0, rng.uniform(6, 14))
                     self.put("building", self.place(road, s + out * 14, rng.normal(0, 4), np.pi / 2), size, 0.5, self._paint(WALL_PAINTS))
-        main = self.street.roads[0]
+
+    def _far_off(self) -> None:
+        """Groups of trees and houses farther out."""
+        rng, main = self.rng, self.street.roads[0]
         for _ in range(90):
             s, u = rng.uniform(main.start, main.stop), rng.uniform(28, 105) * rng.choice((-1, 1))
             if rng.random() < 0.45:

@@ -4,11 +4,15 @@ Road users are planned one after the other. Each drives (or walks) its path by t
 everybody planned before, who therefore have the right of way: it follows the one ahead, waits for those who cross, stops where its path
 ends. Whoever would still come too close to another, to the ego vehicle or to something that stands there is left out, so that at no instant
 two of them share a place. Some are planned before the ego vehicle, which then has to brake for them; the others give way to it.
+
+Dense traffic fills every lane of the main road as a stream: a speed at each place (even, in waves, or falling towards a queue) and gaps
+that suit it, planned from the front of each lane to its rear, the ego vehicle in its place among them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,11 @@ EGO_HEIGHT_M = 0.93
 # The ego vehicle in its own frame (origin above the rear axle): xmin, ymin, zmin, xmax, ymax, zmax.
 EGO_BOX = (-1.2, -0.95, -EGO_HEIGHT_M, 3.6, 0.95, 0.7)
 CLEARANCE_M = 0.15
+# Dense traffic: how far around the ego vehicle and how many per direction at most, and how far its lanes go on beyond the road's end, which
+# nobody is to brake for.
+STREAM_M = 105.0
+STREAM_COUNT = (24, 18)
+BEYOND_M = 250.0
 MOVERS = ("car", "van", "truck", "cyclist", "pedestrian")
 
 
@@ -130,6 +139,27 @@ class _Trip:
     stop: float | None = None
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """Dense traffic of one direction in one lane. speed: of those who move freely (0: all stand); wave: by what share it varies over
+    `length_m`, with its phase; queue_m: where along the direction of travel a queue's rear is (infinite: nowhere) and how fast that moves;
+    halts: whether the first of the lane stops; density of Street."""
+
+    speed: float
+    wave: float
+    length_m: float
+    phase: float
+    queue_m: float
+    queue_speed: float
+    halts: bool
+    density: float
+
+    def at(self, s: float) -> float:
+        """Speed at s, metres along the direction of travel from the origin; towards the queue it falls by 1.6 m/s²."""
+        free = self.speed * (1 + self.wave * np.sin(2 * np.pi * s / self.length_m + self.phase))
+        return float(min(free, np.sqrt(self.queue_speed**2 + 2 * 1.6 * max(0.0, self.queue_m - s))))
+
+
 # acceleration, comfortable braking, hardest braking (m/s²), time gap (s), standing gap (m)
 _DRIVERS = {
     "car": (1.8, 2.6, 7.5, 1.1, 2.2),
@@ -212,6 +242,9 @@ class _Planner:
         self.main = street.roads[0]
         self.accepted: list[tuple[_Trip, Array, Array]] = []  # trip, rects (T,5), speed (T,)
         self.ego: tuple[Array, Array] | None = None
+        self.top = max(22.0, 1.2 * self.main.speed)
+        if street.density:
+            self.streams = {1: self._streams(street.density[0]), -1: self._streams(street.density[1])}
 
     def plan(self) -> tuple[Street, Traffic]:
         self.things = np.array([t.rect for t in self.street.things]).reshape(-1, 5)
@@ -290,15 +323,18 @@ class _Planner:
         speed = 0.0 if draw < 0.12 else rng.uniform(1.5, 0.6 * wish) if draw < 0.35 else wish * rng.uniform(0.75, 1.0)
         lane = int(rng.integers(road.lanes))
         u = road.lane_offset(1, lane)
+        if self.street.density:
+            self.lane, speed = lane, self.streams[1][lane].at(0.0)
+            wish = max(speed, self.streams[1][lane].speed) * rng.uniform(0.95, 1.2)
         reach = max(speed, 3.0) * self.seconds + 5
         turnable = [j for j in self.street.junctions if 20 < j.s < 12 + 0.8 * reach]
-        points = lane_points(road, 1, u, -20.0, road.stop)
+        points = lane_points(road, 1, u, -20.0, road.stop + (BEYOND_M if self.street.density else 0.0))
         if turnable and rng.random() < 0.6:
             junction = turnable[0]
             points = self._turn(junction, u, bool(rng.random() < 0.5) if junction.left and junction.right else junction.left)
-        path = path_through(points, 22.0)
+        path = path_through(points, self.top)
         speed = min(speed, float(path.allowed[80]))
-        stop = None
+        stop = 20.0 + EGO_BOX[3] if self.street.density and self.streams[1][lane].speed == 0.0 else None
         lines = [20.0 + j.s - self.street.roads[j.road].half_width - 2.0 for j in self.street.junctions]
         near = [line for line in lines if 20.0 + speed**2 / 5 + 6 < line < 20.0 + reach]
         if near and rng.random() < 0.2:  # waits at the junction's line
@@ -331,6 +367,77 @@ class _Planner:
             return None
         wish = road.speed * rng.uniform(0.75, 1.15) if wish is None else wish
         return _Trip(kind, size, path_through(points, 22.0), size[0] / 2, wish * rng.uniform(0.6, 1.0) if speed is None else speed, wish)
+
+    def _streams(self, density: float) -> tuple[_Stream, ...]:
+        """Dense traffic of each lane of one direction of the main road, the lane beside the median first."""
+        rng, lanes = self.rng, self.main.lanes
+        jam = float(np.clip((density - 0.45) / 0.5, 0, 1))
+        flow = self.main.speed * (1 - 0.25 * density) * (1 - jam) + rng.uniform(0.3, 4.0) * jam
+        queue = rng.uniform(12, 70) + 2.0 * flow if density > 0.2 and rng.random() < 0.35 else np.inf
+        standing, halts = rng.random() < 0.5, rng.random() < 0.25 + 0.25 * density
+        streams = []
+        for lane in range(lanes):
+            faster = 1 + 0.10 * ((lanes - 1) / 2 - lane) + rng.normal(0, 0.03 + 0.15 * jam)
+            speed = 0.0 if rng.random() < 0.3 * jam else flow * max(faster, 0.3)
+            wave, phase = rng.uniform(0.0, 0.08) + rng.uniform(0.2, 0.8) * jam, rng.uniform(0, 2 * np.pi)
+            crawl = 0.0 if standing else float(rng.uniform(0.5, 6.0))
+            streams.append(_Stream(speed, wave, rng.uniform(60, 140), phase, queue + rng.normal(0, 8), crawl, bool(halts), density))
+        return tuple(streams)
+
+    def _in_stream(self, direction: int, lane: int, behind_ego: bool | None = None) -> list[Any]:
+        """Who drives in a lane, from the front to the rear; of the ego's lane those ahead of it or behind it."""
+        rng, road, stream = self.rng, self.main, self.streams[direction][lane]
+        trucks = ((0.52, 0.15, 0.33) if lane == road.lanes - 1 else (0.80, 0.13, 0.07)) if road.median else (0.78, 0.14, 0.08)
+        far = STREAM_M if direction > 0 else STREAM_M + 1.3 * self.cruise * self.seconds
+        most = STREAM_COUNT[direction < 0] * (1 if direction > 0 else 1 + self.seconds / 25) / road.lanes
+
+        def follow(s: float, way: int, share: float) -> list[tuple[float, str, Any]]:
+            """Vehicles from s on, ahead (way 1) or behind (-1), s in the direction of travel."""
+            found: list[tuple[float, str, Any]] = []
+            while abs(s) < far and len(found) < share * most:
+                kind = str(rng.choice(("car", "van", "truck"), p=trucks))
+                size = vehicle_size(rng, "trailer" if kind == "truck" and road.median and rng.random() < 0.5 else kind)
+                found.append((s + way * size[0] / 2, kind, size))
+                time_gap = 0.8 + rng.exponential(0.4 + 6.0 * (1 - stream.density) ** 3)
+                s += way * (size[0] + 2.6 + rng.exponential(0.8) + time_gap * max(stream.at(s), 0.3))
+            return found
+
+        ahead: list[tuple[float, str, Any]] = []
+        behind: list[tuple[float, str, Any]] = []
+        if direction < 0:  # from those who are past the ego on
+            behind = follow(rng.uniform(10, 50), -1, 1.0)
+        elif behind_ego is None:  # somebody is near, often beside it
+            first = rng.uniform(-9, 7) if rng.random() < 0.7 else rng.uniform(-60, 60)
+            ahead, behind = follow(first, 1, 0.6), follow(first - 2.6 - max(stream.at(first), 0.3) * rng.uniform(0.8, 2.0), -1, 0.4)
+        else:
+            gap = 2.6 + rng.exponential(0.8) + self.route.speed * (0.7 + rng.exponential(0.3 + 3.0 * (1 - stream.density) ** 3))
+            ahead, behind = ([], follow(-1.2 - gap, -1, 0.4)) if behind_ego else (follow(3.6 + gap, 1, 0.6), [])
+        row = [*ahead[::-1], *behind]
+        return [partial(self._streaming, direction, lane, *who, leads=i == 0 and not behind_ego) for i, who in enumerate(row)]
+
+    def _streaming(self, direction: int, lane: int, s: float, kind: str, size: tuple[float, float, float], leads: bool) -> _Trip | None:
+        """One vehicle of a stream, its middle at s along its direction; the first of a lane may stop, or crawl as the queue before it does."""
+        rng, road, stream = self.rng, self.main, self.streams[direction][lane]
+        aside = max(0.0, road.lane_width - 2.9) / 2
+        u = road.lane_offset(direction, lane) + float(np.clip(rng.normal(0, 0.12), -aside, aside))
+        start = size[0] / 2 + 0.5
+        s, speed = s - rng.uniform(0, 0.3), stream.at(s)
+        if not road.start < direction * s < road.stop:
+            return None
+        reach = self.top * (self.seconds + 1) + BEYOND_M
+        path = path_through(lane_points(road, direction, u, direction * (s - start), direction * (s - start + reach)), self.top)
+        speed = min(speed * rng.uniform(0.96, 1.04), float(path.allowed[int(start / 0.25)]))
+        wish, stop = max(1.0, speed, stream.speed * (1 + stream.wave)) * rng.uniform(0.97, 1.15), None
+        if stream.speed == 0.0:
+            stop = start + size[0] / 2
+        elif leads and s > stream.queue_m - 10:
+            wish = max(stream.queue_speed, 0.1)
+            stop = start + size[0] / 2 + speed**2 / 4 + 0.5 if stream.queue_speed == 0.0 else None
+        elif leads and stream.halts:
+            stop = start + size[0] / 2 + speed**2 / 5 + rng.uniform(2, 40)
+        elif leads:
+            wish = max(1.0, speed * rng.uniform(0.8, 1.1))
+        return _Trip(kind, size, path, start, speed, wish, stop)
 
     def _lead(self) -> _Trip | None:
         """Ahead of the ego on its own way, at times slow, at times braking to a stop."""
@@ -462,6 +569,10 @@ class _Planner:
     def _before_ego(self) -> list[Any]:
         rng = self.rng
         chosen: list[Any] = []
+        if self.street.density:
+            if self.street.junctions:
+                chosen += [self._walks_over] * int(rng.random() < 0.2) + [self._crosser] * int(rng.random() < 0.2)
+            return chosen + self._in_stream(1, self.lane, behind_ego=False)
         if rng.random() < 0.55:
             chosen.append(self._lead)
         if rng.random() < 0.40:
@@ -480,9 +591,15 @@ class _Planner:
             self._walker: 5.0, self._walks_over: 0.8,
         }  # fmt: skip
         chosen: list[Any] = [self._oncoming, self._crosser]
+        if self.street.density:
+            chosen = self._in_stream(1, self.lane, behind_ego=True)
+            for direction in (1, -1):
+                for lane in (lane for lane in range(self.main.lanes) if direction < 0 or lane != self.lane):
+                    chosen += self._in_stream(direction, lane)
+            mean = {} if self.main.median else {m: e for m, e in mean.items() if m not in (self._oncoming, self._same_way)}
         for make, expected in mean.items():
             chosen += [make] * int(rng.poisson(expected * busy))
-        if rng.random() < 0.4:
+        if not self.street.density and rng.random() < 0.4:
             chosen.append(self._behind)
         return chosen
 
