@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fractions", metavar="F", type=float, nargs="+", default=[1.0], help="shares of the training logs, e.g. 0.02 1.0 (default: 1.0)"
     )
     parser.add_argument(
-        "--steps", metavar="N", type=int, default=None, help="at most so many steps an arm (default: until it stops improving, at most 900)"
+        "--steps", metavar="N", type=int, default=None, help="at most so many steps an arm (default: until it stops improving, at most 3000)"
     )
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument(

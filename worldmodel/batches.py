@@ -233,8 +233,9 @@ def _colours(clip: Clip, frame: Frame, rays: Rays) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """One clip in one step, after drawing, augmenting and withholding; newest: its newest past sweep without anything withheld. A visit of the
-    prior alone has no clouds and no rays that are read with the state."""
+    """One clip in one step, after drawing, augmenting and withholding; newest: its newest past sweep without anything withheld;
+    future_origin (2,3): the sensor at the future sweep and at this one. A visit of the prior alone has no clouds and no rays that are read with
+    the state."""
 
     id: str
     past: tuple[Array, ...]
@@ -242,6 +243,7 @@ class Visit:
     newest: Array
     future: Array
     future_step: int
+    future_origin: Array
     times_s: Array
     stateful: RayTable
     prior: RayTable
@@ -262,6 +264,7 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
     past, pick = list(prepared.past) if with_state else [nothing], int(rng.integers(max(len(prepared.future), 1)))
     future = prepared.future[pick] if prepared.future and with_state else nothing
     future_step = prepared.instants[pick] - 1 if prepared.future else 0
+    origins = np.stack([_origin(prepared.rays, step) for step in (future_step + 1, 0)])
     present, newest = np.ones(len(past), bool), past[0]
     for table in tables:
         table.columns["hidden"] = np.zeros(len(table), bool)
@@ -269,7 +272,7 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
     if augment:
         turn = _turn(rng, config)
         past = [_turned(points[rng.random(len(points)) >= train.point_drop * rng.random()], turn) for points in past]
-        future = _turned(future, turn)
+        future, origins = _turned(future, turn), _turned(origins, turn)
         newest = past[0]
         tables = [_turned_rays(table, turn) for table in tables]
         if config.model.join_sweeps and rng.random() < train.newest_share:
@@ -286,7 +289,13 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
         c["with_evidence"] &= ~(np.isnan(c["quadrants"]).all((1, 2)) & np.isnan(c["nearest"]).all(1))
     if config.model.join_sweeps:
         past, present = list(joined(past, config)), np.ones(1, bool)
-    return Visit(prepared.id, tuple(past), present, newest, future, future_step, prepared.times_s, tables[0], tables[1])
+    return Visit(prepared.id, tuple(past), present, newest, future, future_step, origins, prepared.times_s, tables[0], tables[1])
+
+
+def _origin(rays: RayTable, step: int) -> Array:
+    """(3,) f32: where the rays of an instant begin; the state frame's origin where there are none."""
+    found = rays.columns["origin"][rays.columns["step"] == step]
+    return found[0] if len(found) else np.zeros(3, np.float32)
 
 
 @dataclass(frozen=True)
@@ -419,9 +428,8 @@ def clouds_of(clouds: Sequence[Array], encoder: Encoder, device: torch.device | 
     return Clouds(torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device), tuple(len(c) for c in clouds))
 
 
-def collate(visits: Sequence[Visit], config: Config, device: torch.device | str = "cpu", *, future: bool = True) -> Batch:
-    """Visits -> a batch: the rays that are read with the state first, which the first visits have; future: with the clouds whose latents are to
-    be foretold."""
+def collate(visits: Sequence[Visit], config: Config, device: torch.device | str = "cpu", *, foretell: bool = True) -> Batch:
+    """Visits -> a batch: the rays that are read with the state first, which the first visits have; foretell: the latents of the future."""
     tables = [v.stateful for v in visits] + [v.prior for v in visits]
     seen = [v for v in visits if len(v.stateful)]
     of = np.concatenate([np.full(len(t), i % len(visits), np.int64) for i, t in enumerate(tables)])
@@ -439,7 +447,9 @@ def collate(visits: Sequence[Visit], config: Config, device: torch.device | str 
         hidden=tensor("hidden"),
         intensity=tensor("intensity").float(),
         colour=tensor("colour").float(),
-        future=clouds_of([v.future for v in seen] + [v.newest for v in seen], encoder, device) if future and len(seen[0].future) else None,
+        future=clouds_of([v.future for v in seen] + [v.newest for v in seen], encoder, device) if len(seen[0].times_s) else None,
         future_step=torch.tensor([v.future_step for v in seen], device=device),
+        future_origin=torch.from_numpy(np.concatenate([[v.future_origin[i] for v in seen] for i in (0, 1)])).to(device),
+        foretell=foretell,
         clips=tuple(v.id for v in visits),
     )

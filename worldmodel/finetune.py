@@ -12,9 +12,10 @@ A task is one file of `worldmodel/downstream/`, found by its name, with
     score(examples, [answer], grid) -> float
     detections(example, answer) -> [Detection]     only of a task that finds boxes: what `worldmodel.results` writes
 
-Labels are drawn by log: the fractions are nested and the same for every arm. Every arm trains until its validation score has not
-improved for `patience` evaluations, at least `least_steps` (a score at a threshold may fall before it rises) and at most `most_steps`; the score
-reported is the test score of the best validation. Scratch gets no less time than the others.
+Labels are drawn by log: the fractions are nested and the same for every arm. Every arm trains by one rule: where its validation score has not
+improved for `patience` evaluations the learning rate falls, from the best weights on, and after the last fall the training ends. That is not before
+`least_steps` (a score at a threshold may fall before it rises) and not after `most_steps`. The score reported is the test score of the best
+validation. Scratch gets no less time than the others.
 """
 
 from __future__ import annotations
@@ -42,20 +43,22 @@ from worldmodel.encoders.contract import Clouds
 from worldmodel.labelled import grid_of, labelled_stamps
 from worldmodel.start import Start, open_start
 
+MOMENTUM = 0.1
 ARMS = ("scratch", "pretrained", "pretrained_frozen", "random_frozen")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """batch: frames per step; every: steps between validations; validation: share of the training logs held out; every_s: spacing of the
-    frames taken from a log."""
+    """batch: frames per step; rates: of the learning, one after the other; every: steps between validations; validation: share of the training logs
+    held out, held_frames: how many of their frames are scored at most; every_s: spacing of the frames taken from a log."""
 
     batch: int = 6
-    lr: float = 2e-3
-    least_steps: int = 400
-    most_steps: int = 900
+    rates: tuple[float, ...] = (4e-3, 1.2e-3, 4e-4)
+    least_steps: int = 300
+    most_steps: int = 3000
     every: int = 40
-    patience: int = 5
+    patience: int = 4
+    held_frames: int = 72
     validation: float = 0.15
     every_s: float = 0.5
     threads: int = 2
@@ -101,9 +104,13 @@ def drawn(logs: Sequence[str], fraction: float) -> list[str]:
     return order[: max(1, round(fraction * len(order)))]
 
 
+def _norms(encoder: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    return [m for m in encoder.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+
 def set_statistics(encoder: nn.Module, batches: Sequence[Any]) -> None:
     """Running statistics of a network that was never trained, as averages over the batches: what a frozen random encoder needs."""
-    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    norms = _norms(encoder)
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -163,15 +170,16 @@ class Trial:
         plan = self.plan
         if self.random:
             set_statistics(self.encoder, [self.batch(frames, step)[0] for step in range(8)])
+        if not self.frozen:
+            for norm in _norms(self.encoder):  # a schedule of hundreds of steps needs statistics that keep up with it
+                norm.momentum = MOMENTUM
         parameters = [*self.head.parameters()] + ([] if self.frozen else [*self.encoder.parameters()])
-        optimizer = torch.optim.AdamW(parameters, plan.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        optimizer = torch.optim.AdamW(parameters, plan.rates[0], betas=(0.9, 0.99), weight_decay=1e-2)
         curve: list[tuple[int, float]] = []
-        best, since, step = (-1.0, copy.deepcopy((self.encoder.state_dict(), self.head.state_dict()))), 0, 0
-        while step < plan.most_steps and (since < plan.patience or step < plan.least_steps):
-            warm = min(1.0, (step + 1) / 30)
-            late = 0.3 if since >= plan.patience - 2 else 1.0  # a lower rate before giving up
+        best, since, step, fall = (-1.0, self._weights()), 0, 0, 0
+        while step < plan.most_steps:
             for group in optimizer.param_groups:
-                group["lr"] = plan.lr * warm * late
+                group["lr"] = plan.rates[fall] * min(1.0, (step + 1) / 30)
             self.encoder.train(not self.frozen)
             self.head.train()
             clouds, wanted = self.batch(frames, step)
@@ -187,16 +195,28 @@ class Trial:
             nn.utils.clip_grad_norm_(parameters, 10.0)
             optimizer.step()
             step += 1
-            if step % plan.every == 0:
-                value = self.score(held)
-                curve.append((step, value))
-                if value > best[0] + 1e-4 or best[0] <= 0:  # at 0 a detector has only not started yet
-                    best, since = (value, copy.deepcopy((self.encoder.state_dict(), self.head.state_dict()))), 0
-                else:
-                    since += 1
-        self.encoder.load_state_dict(best[1][0])
-        self.head.load_state_dict(best[1][1])
+            if step % plan.every:
+                continue
+            value = self.score(held)
+            curve.append((step, value))
+            if value > best[0] + 1e-4 or best[0] <= 0:  # at 0 a detector has only not started yet
+                best, since = (value, self._weights()), 0
+            else:
+                since += 1
+            if since >= plan.patience and step >= plan.least_steps:
+                fall, since = fall + 1, 0
+                if fall == len(plan.rates):
+                    break
+                self._restore(best[1])
+        self._restore(best[1])
         return step, curve
+
+    def _weights(self) -> Any:
+        return copy.deepcopy((self.encoder.state_dict(), self.head.state_dict()))
+
+    def _restore(self, weights: Any) -> None:
+        self.encoder.load_state_dict(weights[0])
+        self.head.load_state_dict(weights[1])
 
 
 def finetune(
@@ -233,6 +253,7 @@ def finetune(
     held_logs = set(rng_of("held").permutation(names)[: max(1, round(plan.validation * len(names)))].tolist()) if len(names) > 2 else set(names)
     pool = [name for name in names if name not in held_logs] or names
     held = [frame for frame in train_frames if frame.log in held_logs]
+    held = [held[i] for i in np.unique(np.linspace(0, len(held) - 1, min(plan.held_frames, len(held))).astype(int))]
     results: list[Result] = []
     todo = [(f, s, a) for f in sorted(fractions) for s in seeds for a in arms]
     for number, (fraction, seed, arm) in enumerate(todo):

@@ -18,10 +18,11 @@ from worldmodel.config import Config
 from worldmodel.dynamics import Dynamics
 from worldmodel.encoders.contract import Clouds, build_encoder
 from worldmodel.fusion import Fusion
-from worldmodel.heads.rays import Mixture, RayHead, RayInput
+from worldmodel.heads.rays import Mixture, Prior, RayHead, RayInput
 from worldmodel.sampling import sample_maps
 
 MOVED_COPIES = 2
+OCCUPANCY_SLICES = 16  # of the encoder's range in height
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Batch:
     """clouds: B*T past sweeps, clip by clip, newest first; present (B,T) bool: which of them are there (a withheld one has no points);
     times_s (B,K): future instants. rays: N rays, of which the first `stateful` are read with the state. ranges (N,): the truth, NaN where
     unknown; weight (N,); hidden (N,) bool: the truth lies in a region withheld from all past input; intensity (N,), colour (N,3): of the
-    return, NaN where unknown. future: B clouds of the true future sweep at index future_step
-    (B,) of times_s, then B of the newest past sweep with nothing withheld, or None. clips: their ids."""
+    return, NaN where unknown. future: B clouds of the true future sweep at index future_step (B,) of times_s, then B of the newest past sweep with
+    nothing withheld, or None; future_origin (2B,3): from where they were seen; foretell: ask for their latents. clips: their ids."""
 
     clouds: Clouds
     present: Tensor
@@ -44,16 +45,20 @@ class Batch:
     colour: Tensor
     future: Clouds | None
     future_step: Tensor
+    future_origin: Tensor
+    foretell: bool
     clips: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Output:
-    """latents (B,T,C',H,W) of the encoder; states (B,K+1,C,H,W); model: mixtures of the first `stateful` rays, prior: of all rays."""
+    """latents (B,T,C',H,W) of the encoder; states (B,K+1,C,H,W); model: mixtures of the first `stateful` rays, change (L,7,P): what the state added
+    there to the outputs of the prior part, prior: mixtures of all rays."""
 
     latents: Tensor
     states: Tensor
     model: Mixture
+    change: Tensor
     prior: Mixture
 
 
@@ -68,15 +73,17 @@ class WorldModel(nn.Module):
         self.fusion = Fusion(latent, 1 if model.join_sweeps else len(model.latent_sweeps), model.channels)
         self.dynamics = Dynamics(model.channels, model.dynamics_width)
         self.rays = RayHead(model.past, model.past + MOVED_COPIES, model.head_bins, model.head_width, model.channels, model.head_latent_width)
+        self.occupancy = nn.Conv2d(model.channels, OCCUPANCY_SLICES, 1)
         self.future_latent = nn.Sequential(nn.Conv2d(model.channels, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, latent, 1))
 
     def forward(self, batch: Batch) -> Output:
         latents = self.encode(batch.clouds, batch.present.shape[1])
         states = self.dynamics.roll_out(self.fusion(latents, batch.present), batch.times_s)
-        position, raw, kind, candidate, hidden = self.rays.prior(batch.rays)
-        prior = self.rays.mixture(position, raw, candidate)
-        model = self.read(states, batch.rays, batch.stateful, position, raw, kind, candidate, hidden)
-        return Output(latents, states, model, prior)
+        prior = self.rays.prior(batch.rays)
+        alone = self.rays.mixture(prior.position, prior.raw, prior.candidate)
+        read = prior.first(batch.stateful)
+        change = self.change(states, batch.rays.take(slice(0, batch.stateful)), read)
+        return Output(latents, states, self.changed(read, change), change, alone)
 
     def encode(self, clouds: Clouds, sweeps: int) -> Tensor:
         """Latents (B,T,C',H,W) of B*T clouds."""
@@ -94,17 +101,18 @@ class WorldModel(nn.Module):
             for norm in norms:
                 norm.track_running_stats = True
 
-    def read(
-        self, states: Tensor, rays: RayInput, count: int, position: Tensor, raw: Tensor, kind: Tensor, candidate: Tensor, hidden: Tensor
-    ) -> Mixture:
-        """The first `count` rays with what the states (B,K+1,C,H,W) add to their prior."""
-        rays = rays.take(slice(0, count))
-        position, raw, kind, candidate, hidden = position[:count], raw[:count], kind[:count], candidate[:count], hidden[:count]
-        sampled = self.sample(states, rays, position)
-        change = self.rays.correction(rays, sampled, position, raw, kind, hidden)
-        absent = raw[:, :1] <= -29.0
-        corrected = raw.detach() + change[:, :3].masked_fill(absent, 0.0)
-        return self.rays.mixture(position, corrected, candidate, change[:, 3:])
+    def read(self, states: Tensor, rays: RayInput, prior: Prior) -> Mixture:
+        """The rays with what the states (B,K+1,C,H,W) add to their prior."""
+        return self.changed(prior, self.change(states, rays, prior))
+
+    def change(self, states: Tensor, rays: RayInput, prior: Prior) -> Tensor:
+        """What the states add (L,7,P), see `RayHead.correction`; nothing to readings that are not there."""
+        change = self.rays.correction(rays, self.sample(states, rays, prior.position), prior)
+        absent = prior.raw[:, :1] <= -29.0
+        return torch.cat((change[:, :3].masked_fill(absent, 0.0), change[:, 3:]), 1)
+
+    def changed(self, prior: Prior, change: Tensor) -> Mixture:
+        return self.rays.mixture(prior.position, prior.raw.detach() + change[:, :3], prior.candidate, change[:, 3:])
 
     def sample(self, states: Tensor, rays: RayInput, position: Tensor) -> Tensor:
         """(L,P,C): each ray's state where its positions (L,P) lie."""

@@ -34,7 +34,7 @@ from worldmodel.rundir import Journal
 
 Loss = Callable[[WorldModel, Batch, Any], Tensor | None]  # None: this batch asks nothing of it
 PREFETCH, LOADERS = 3, 2
-FUTURE_EVERY = 4  # steps from one with the future sweep's latent to the next: encoding it costs as much as encoding the input
+FORETELL_EVERY = 4  # steps from one with the future sweep's latent to the next: encoding it costs as much as encoding the input
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
 
@@ -163,7 +163,7 @@ class Source:
                     self.unreadable[self.clips[at].id] = one_line(error)
             else:
                 raise WmError("no clip of the data is readable; run `wm check` on the store")
-        return collate(visits, self.config, future=step % FUTURE_EVERY == 0)
+        return collate(visits, self.config, foretell=step % FORETELL_EVERY == 0)
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
         """Batches first..last-1, the next ones made in threads meanwhile (the kernels release the interpreter's lock)."""

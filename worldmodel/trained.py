@@ -93,13 +93,13 @@ class Trained:
             if MODEL in arms or EVIDENCE_ONLY in arms:
                 prior = head.prior(rays)
                 if EVIDENCE_ONLY in arms:
-                    answers[EVIDENCE_ONLY] = head.mixture(*prior[:2], prior[3])
+                    answers[EVIDENCE_ONLY] = head.mixture(prior.position, prior.raw, prior.candidate)
                 if MODEL in arms:
-                    answers[MODEL] = self.model.read(states, rays, len(rays.origin), *prior)
+                    answers[MODEL] = self.model.read(states, rays, prior)
             for arm, less in ((POSITIONS, untold_evidence), (NO_EVIDENCE, without_evidence)):
                 if arm in arms:
                     asked = less(rays)
-                    answers[arm] = self.model.read(states, asked, len(rays.origin), *head.prior(asked))
+                    answers[arm] = self.model.read(states, asked, head.prior(asked))
         return answers
 
     def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays]) -> dict[str, list[forecast.Mixture]]:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import worldmodel
 from sensors.clips import clips_of
@@ -123,7 +124,7 @@ def test_finetuning_compares_all_arms_on_the_same_terms(run, parts):
     assert next(r for r in rows if r["arm"] == "scratch" and r["fraction"] == 1.0)["minus_scratch"] == 0
 
 
-def test_no_arm_stops_before_its_least_steps(run, parts, monkeypatch):
+def test_the_rate_falls_from_the_best_weights_on_where_validation_stands_still_but_not_at_once(run, parts, monkeypatch):
     import importlib
 
     from worldmodel.start import open_start
@@ -131,10 +132,39 @@ def test_no_arm_stops_before_its_least_steps(run, parts, monkeypatch):
     start = open_start(run)
     task = importlib.import_module("worldmodel.downstream.bev_segmentation")
     frames = finetune.examples(parts[:1], task, start.config, 0.5)
-    monkeypatch.setattr(finetune.Trial, "score", lambda self, examples: 0.5)  # never improves
-    for least, steps in ((0, 3), (6, 6)):
-        plan = finetune.Plan(batch=1, least_steps=least, most_steps=9, every=1, patience=2, threads=1)
-        assert finetune.Trial(start, "pretrained_frozen", 0, task, plan).train(frames, frames)[0] == steps
+    scores: list[float] = []
+    heads = []
+
+    def score(self, examples):
+        heads.append(self.head.layers[3].bias.item())
+        scores.append(0.5 if len(scores) != 3 else 0.6)  # improves once, at step 4
+        return scores[-1]
+
+    monkeypatch.setattr(finetune.Trial, "score", score)
+    for least, falls, ends, best in ((0, 3, 6, 0), (7, 7, 9, 3)):
+        scores.clear()
+        heads.clear()
+        plan = finetune.Plan(batch=1, rates=(1e-2, 0.0), least_steps=least, most_steps=10, every=1, patience=2, threads=1)
+        trial = finetune.Trial(start, "pretrained_frozen", 0, task, plan)
+        taken, curve = trial.train(frames, frames)
+        assert taken == len(curve) == ends
+        assert len(set(heads[:falls])) == falls  # it learned until then
+        assert set(heads[falls:]) == {heads[best], trial.head.layers[3].bias.item()} == {heads[best]}  # with a rate of 0, from the best on
+
+
+def test_running_statistics_keep_up_in_arms_that_train(run, parts):
+    import importlib
+
+    from worldmodel.start import open_start
+
+    start = open_start(run)
+    task = importlib.import_module("worldmodel.downstream.bev_segmentation")
+    frames = finetune.examples(parts[:1], task, start.config, 0.5)
+    plan = finetune.Plan(batch=1, most_steps=1, every=1, threads=1)
+    trial = finetune.Trial(start, "pretrained", 0, task, plan)
+    trial.train(frames, frames)
+    momenta = {m.momentum for m in trial.encoder.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)}
+    assert momenta == {finetune.MOMENTUM}
 
 
 def test_smaller_label_shares_are_part_of_larger_ones():
@@ -144,8 +174,6 @@ def test_smaller_label_shares_are_part_of_larger_ones():
 
 def test_frozen_arms_do_not_move_the_encoder(run, parts):
     import importlib
-
-    import torch
 
     from worldmodel.start import open_start
 

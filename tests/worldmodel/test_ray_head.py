@@ -31,24 +31,37 @@ def head():
 
 def test_readings_that_are_not_told_are_positions_and_nothing_else(head):
     untold = rays(told=False)
-    position, raw, kind, candidate, hidden = head.prior(untold)
-    assert candidate.sum(1).eq(5 * READINGS).all()
+    prior = head.prior(untold)
+    assert not prior.shift.any()
+    assert prior.candidate.sum(1).eq(5 * READINGS).all()
     expected = torch.cat((torch.cat((untold.quadrants, untold.interpolated[:, :, None]), 2).flatten(1), head.bin_centre.expand(6, -1)), 1)
-    torch.testing.assert_close(position, expected.sort(1).values)
+    torch.testing.assert_close(prior.position, expected.sort(1).values)
     other = dataclasses.replace(
         untold, quadrants=untold.quadrants.flip(0), nearest=untold.nearest * 2, offsets=untold.offsets * 3, angle=untold.angle * 2, seen=-untold.seen
     )
-    torch.testing.assert_close(head.prior(other)[4], hidden)
+    torch.testing.assert_close(head.prior(other).hidden, prior.hidden)
     by_kind = lambda raw, kind: torch.stack([raw[:, 0][kind == k].mean() for k in range(READINGS + 1)])  # noqa: E731
     found = head.prior(other)
-    torch.testing.assert_close(by_kind(found[1], found[2]), by_kind(raw, kind))
+    torch.testing.assert_close(by_kind(found.raw, found.kind), by_kind(prior.raw, prior.kind))
 
 
 def test_told_readings_matter(head):
     asked = rays()
-    hidden = head.prior(asked)[4]
-    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, seen=-asked.seen))[4])
-    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, told=~asked.told))[4])
+    hidden = head.prior(asked).hidden
+    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, seen=-asked.seen)).hidden)
+    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, told=~asked.told)).hidden)
+
+
+def test_displaced_readings_are_told_by_how_far_they_lie_from_the_newest_sweeps_own(head):
+    asked = rays()
+    prior = head.prior(asked)
+    newest = torch.cat((asked.quadrants[:, 0], asked.interpolated[:, :1]), 1)
+    for copy in range(SWEEPS, READINGS):
+        own = torch.cat((asked.quadrants[:, copy], asked.interpolated[:, copy, None]), 1)
+        wanted = (own - newest).gather(1, own.argsort(1))
+        mine = prior.kind == copy
+        torch.testing.assert_close(prior.shift[mine].view(len(own), 5), wanted)
+    assert not prior.shift[prior.kind < SWEEPS].any() and not prior.shift[prior.kind == READINGS].any()
 
 
 def test_withheld_readings_leave_no_trace(head):
@@ -56,4 +69,4 @@ def test_withheld_readings_leave_no_trace(head):
     first, second = head.prior(blind), head.prior(dataclasses.replace(blind, quadrants=blind.quadrants * 2, nearest=blind.nearest * 2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    assert not first[3].any()
+    assert not first.candidate.any()

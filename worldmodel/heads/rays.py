@@ -95,6 +95,22 @@ class Mixture(NamedTuple):
         return to_truth - 0.5 * (p[:, :, None] * p[:, None, :] * pair).sum((1, 2))
 
 
+class Prior(NamedTuple):
+    """What the ray alone says, sorted by range: position (N,P); raw (N,3,P): hazard logit, offset and scale; kind (N,P); candidate (N,P) bool;
+    shift (N,P): by how many metres a displaced copy's reading lies farther than the newest sweep's own, 0 elsewhere and where readings are not
+    told; hidden (N,width): the vector behind it, zero for rays without evidence."""
+
+    position: Tensor
+    raw: Tensor
+    kind: Tensor
+    candidate: Tensor
+    shift: Tensor
+    hidden: Tensor
+
+    def first(self, count: int) -> Prior:
+        return Prior(*(column[:count] for column in self))
+
+
 def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N,E) of rays with evidence, their candidate ranges (N,S*5) and which of those exist (N,S*5) bool.
 
@@ -161,49 +177,54 @@ class RayHead(nn.Module):
             self.blind_out.bias.view(3, self.positions)[2] = 1.0
         self.kind_embedding = nn.Embedding(readings + 2, latent_width)
         self.context = nn.Linear(width, RAY_CONTEXT)
-        self.at_position = nn.Linear(latent_channels + 7, latent_width)
-        self.of_ray = nn.Linear(RAY_CONTEXT + 6, latent_width, bias=False)
+        self.at_position = nn.Linear(latent_channels + 8, latent_width)
+        self.of_ray = nn.Linear(RAY_CONTEXT + 7, latent_width, bias=False)
         self.latent_hidden = nn.Linear(latent_width, latent_width)
         self.latent_out = nn.Linear(latent_width, 7)
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
 
-    def prior(self, rays: RayInput) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the ray alone says, sorted by range: position (N,P), raw hazard logit, offset and scale (N,3,P), kind (N,P), is-candidate
-        (N,P) bool, and the hidden vector (N,width) of rays with evidence (zero elsewhere)."""
+    def prior(self, rays: RayInput) -> Prior:
         count = len(rays.origin)
         device = rays.origin.device
         position = self.fine_centre.expand(count, -1).clone()
         kind = torch.full((count, self.positions), self.readings + 1, dtype=torch.long, device=device)
         scalars = torch.cat((rays.bearing, rays.horizon_s[:, None], rays.origin[:, 2:] * 0.5, rays.direction[:, 2:]), 1)
         raw = self.blind_out(self.blind(scalars)).view(count, 3, self.positions).float()
+        shift = torch.zeros(count, self.positions, device=device)
         hidden = torch.zeros(count, self.width, device=device)
         rows = torch.nonzero(rays.with_evidence)[:, 0]
         if len(rows):
-            features, candidates, there = evidence_features(rays.take(rows))
+            told = rays.take(rows)
+            features, candidates, there = evidence_features(told)
             of_evidence = self.evidence(features)
             out = self.evidence_out(of_evidence).view(len(rows), 3, self.positions).float()
             place = torch.cat((candidates.nan_to_num(LAST_BIN_M), self.bin_centre.expand(len(rows), -1)), 1)
             there = F.pad(there, (0, self.bins), value=True)
             logit = out[:, 0].masked_fill(~there, ABSENT_LOGIT)
             out = torch.stack((logit, out[:, 1], out[:, 2]), 1)
+            moved = candidates.unflatten(1, (self.readings, 5))
+            moved = torch.cat((torch.zeros_like(moved[:, : self.sweeps]), moved[:, self.sweeps :] - moved[:, :1]), 1).nan_to_num(0.0)
+            moved = F.pad(moved.flatten(1) * told.told[:, None], (0, self.bins))
             place, order = place.sort(dim=1, stable=True)
             out = out.gather(2, order[:, None].expand(-1, 3, -1))
             position = position.index_copy(0, rows, place)
             raw = raw.index_copy(0, rows, out)
             kind = kind.index_copy(0, rows, self.kind[order])
+            shift = shift.index_copy(0, rows, moved.gather(1, order))
             hidden = hidden.index_copy(0, rows, of_evidence.float())
-        return position, raw, kind, kind < self.readings, hidden
+        return Prior(position, raw, kind, kind < self.readings, shift, hidden)
 
-    def correction(self, rays: RayInput, sampled: Tensor, position: Tensor, raw: Tensor, kind: Tensor, hidden: Tensor) -> Tensor:
+    def correction(self, rays: RayInput, sampled: Tensor, prior: Prior) -> Tensor:
         """What the state adds (N,7,P): hazard logit, offset, scale, intensity, colour. sampled (N,P,C): the state read at the positions."""
+        position, raw = prior.position, prior.raw.detach()
         height = rays.origin[:, 2:] + rays.direction[:, 2:] * position
-        logit = raw[:, 0].detach()
         here = torch.stack((height * 0.5, torch.tanh(height), torch.tanh(4 * (height - 0.3)), torch.log(position) - 2.5,
-                            torch.sigmoid(logit), torch.tanh(raw[:, 1].detach()), torch.tanh(raw[:, 2].detach() * 0.5)), 2)  # fmt: skip
-        scalars = torch.cat((rays.bearing, rays.horizon_s[:, None], rays.origin[:, 2:] * 0.5, rays.with_evidence[:, None].float()), 1)
-        ray = self.of_ray(torch.cat((self.context(hidden.detach()), scalars), 1))
-        x = self.at_position(torch.cat((sampled, here), 2)) + ray[:, None] + self.kind_embedding(kind)
+                            torch.sigmoid(raw[:, 0]), torch.tanh(raw[:, 1]), torch.tanh(raw[:, 2] * 0.5), torch.tanh(prior.shift)), 2)  # fmt: skip
+        moves = torch.tanh(prior.shift.abs().amax(1, keepdim=True))  # where something moves, what stood at a place says less about it
+        scalars = torch.cat((rays.bearing, rays.horizon_s[:, None], rays.origin[:, 2:] * 0.5, rays.with_evidence[:, None].float(), moves), 1)
+        ray = self.of_ray(torch.cat((self.context(prior.hidden.detach()), scalars), 1))
+        x = self.at_position(torch.cat((sampled, here), 2)) + ray[:, None] + self.kind_embedding(prior.kind)
         x = F.silu(self.latent_hidden(F.silu(x)))
         return self.latent_out(x).transpose(1, 2).float()
 

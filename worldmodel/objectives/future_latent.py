@@ -12,7 +12,7 @@ from worldmodel.model import Batch, Output, WorldModel
 
 
 def loss(model: WorldModel, batch: Batch, output: Output) -> Tensor | None:
-    if batch.future is None:
+    if batch.future is None or not batch.foretell:
         return None
     with torch.no_grad():
         change, busy = change_of(model.encode_target(batch.future))

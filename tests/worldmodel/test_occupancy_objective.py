@@ -1,0 +1,77 @@
+"""The occupancy objective's truth, against a walk along each ray in small steps."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from tests.worldmodel.conftest import tiny
+from worldmodel.encoders.contract import Clouds
+from worldmodel.model import OCCUPANCY_SLICES, WorldModel
+from worldmodel.objectives import occupancy
+from worldmodel.pretrain import Source, clips_of_parts
+
+
+def batch_of(parts):
+    config = tiny()
+    clips, weights = clips_of_parts(parts, config)
+    return WorldModel(config), Source(clips, weights, config).batch(0)
+
+
+def test_cells_are_those_that_small_steps_along_the_rays_visit(parts):
+    model, batch = batch_of(parts)
+    assert batch.future is not None
+    met, through = occupancy.seen(model, batch)
+    encoder, cell = model.config.encoder, model.cell_m
+    high = (encoder.high[2] - encoder.low[2]) / OCCUPANCY_SLICES
+    for index, points in enumerate(batch.future.points[:, :3].double().split(batch.future.sizes)):
+        size = torch.tensor([cell, cell, high], dtype=torch.float64)
+        shape = torch.tensor([met.shape[3], met.shape[2], met.shape[1]])
+
+        def cells(places, size=size, shape=shape):
+            found = torch.floor((places - torch.tensor(encoder.low)) / size).long()
+            return found[((found >= 0) & (found < shape)).all(1)]
+
+        ends = cells(points)
+        truth = torch.zeros_like(met[index])
+        truth[ends[:, 2], ends[:, 1], ends[:, 0]] = True
+        assert (truth != met[index]).float().mean() < 1e-4  # a point on an edge, in single precision
+        few = points[:: max(1, len(points) // 300)]
+        origin = batch.future_origin[index].double()
+        shares = torch.linspace(0, 1, 4000, dtype=torch.float64)[:, None, None]
+        walked = cells((origin + shares * (few - origin)).reshape(-1, 3))
+        assert (met[index] | through[index])[walked[:, 2], walked[:, 1], walked[:, 0]].float().mean() > 0.999
+    assert not (met & through).any()
+    assert met.any(3).any(2).any(1).all() and through.any()
+
+
+def test_a_state_that_tells_the_cells_has_no_loss_and_no_gradient_comes_from_unseen_ones(parts):
+    model, batch = batch_of(parts)
+    met, through = occupancy.seen(model, batch)
+
+    class Told(torch.nn.Module):
+        def forward(self, states):
+            return logits
+
+    model.occupancy = Told()
+    logits = torch.where(met, 30.0, torch.where(through, -30.0, torch.randn(met.shape))).requires_grad_()
+    output = model_output(model, batch)
+    loss = occupancy.loss(model, batch, output)
+    assert float(loss.detach()) < 1e-6
+    logits = torch.zeros(met.shape, requires_grad=True)
+    occupancy.loss(model, batch, output).backward()
+    assert np.isclose(float(logits.grad[met].sum()), -0.25) and np.isclose(float(logits.grad[through].sum()), 0.25)
+    assert not logits.grad[~met & ~through].any()
+
+
+def model_output(model, batch):
+    with torch.no_grad():
+        return model(batch)
+
+
+def test_clips_without_a_future_ask_nothing(parts):
+    model, batch = batch_of(parts)
+    none = dataclasses.replace(batch, future=None)
+    assert occupancy.loss(model, none, model_output(model, batch)) is None
+    empty = dataclasses.replace(batch, future=Clouds(batch.future.points[:0], (0,) * len(batch.future.sizes)))
+    assert float(occupancy.loss(model, empty, model_output(model, batch)).detach()) == 0.0
