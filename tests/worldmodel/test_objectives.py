@@ -1,4 +1,4 @@
-"""The occupancy objective's truth, against a walk along each ray in small steps."""
+"""The objectives: what they ask, and of which rays and cells."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 from tests.worldmodel.conftest import tiny
 from worldmodel.encoders.contract import Clouds
 from worldmodel.model import OCCUPANCY_SLICES, WorldModel
-from worldmodel.objectives import occupancy
+from worldmodel.objectives import occupancy, ray_forecast
 from worldmodel.pretrain import Source, clips_of_parts
 
 
@@ -75,3 +75,37 @@ def test_clips_without_a_future_ask_nothing(parts):
     assert occupancy.loss(model, none, model_output(model, batch)) is None
     empty = dataclasses.replace(batch, future=Clouds(batch.future.points[:0], (0,) * len(batch.future.sizes)))
     assert float(occupancy.loss(model, empty, model_output(model, batch)).detach()) == 0.0
+
+
+def test_what_the_state_adds_to_told_readings_has_a_price_and_elsewhere_none(parts):
+    model, batch = batch_of(parts)
+    output = model_output(model, batch)
+    told = (batch.rays.told & batch.rays.with_evidence)[: batch.stateful]
+    assert told.any() and not told.all()
+    base = float(ray_forecast.loss(model, batch, output))
+    for rows, price in ((told, ray_forecast.CHANGE_PRICE), (~told, 0.0)):
+        change = torch.where(rows[:, None, None], torch.ones_like(output.change), torch.zeros_like(output.change))
+        assert np.isclose(float(ray_forecast.loss(model, batch, dataclasses.replace(output, change=change))), base + price, atol=1e-4)
+
+
+def test_rays_on_which_a_displaced_reading_bears_count_more_for_the_model_and_not_for_the_prior(parts):
+    model, batch = batch_of(parts)
+    sweeps = model.config.model.past
+    nearest = batch.rays.nearest.nan_to_num(10.0)
+    nearest[:, sweeps:] = nearest[:, :1]
+    still = dataclasses.replace(batch, rays=dataclasses.replace(batch.rays, nearest=nearest))
+    assert not ray_forecast.displaced(still.rays, sweeps).any()
+    moving = nearest.clone()
+    moving[0, sweeps] += 2 * ray_forecast.MOVED_M
+    one = dataclasses.replace(batch, rays=dataclasses.replace(batch.rays, nearest=moving))
+    assert ray_forecast.displaced(one.rays, sweeps).nonzero().tolist() == [[0]]
+    output = model_output(model, batch)
+    weight = torch.ones(batch.stateful)
+    for changed, first in ((still, 1.0), (one, ray_forecast.MOVING_WEIGHT)):
+        open_ = (~batch.hidden).float() * batch.weight
+        weight[0] = first
+        wanted = ray_forecast.range_loss(output.model, batch.ranges[: batch.stateful], open_[: batch.stateful] * weight, 0.1)
+        alone = ray_forecast.range_loss(output.prior, batch.ranges, batch.weight, 0.1)
+        rest = ray_forecast.appearance_loss(output.model, batch)
+        free = dataclasses.replace(output, change=torch.zeros_like(output.change))
+        assert np.isclose(float(ray_forecast.loss(model, changed, free)), float(wanted + alone + rest), atol=1e-5)
