@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sensors.records import Camera, RecordError, Trajectory
+from sensors.records import Box, Camera, RecordError, Trajectory
 
 Array = NDArray[Any]
 
@@ -95,6 +95,19 @@ def pose_at(trajectory: Trajectory, stamps_ns: Array, max_extrapolation_s: float
     out[:, :3, :3] = start[:, :3, :3] @ _exp_so3(step * share[:, None])
     out[:, :3, 3] = start[:, :3, 3] + share[:, None] * (end[:, :3, 3] - start[:, :3, 3])
     return out
+
+
+def in_box_frame(box: Box, vectors: Array) -> Array:
+    """(N,3) f64: vectors (N,3) of the box's frame along its length, width and height."""
+    c, s = np.cos(box.yaw_rad), np.sin(box.yaw_rad)
+    v = np.asarray(vectors, np.float64)
+    return np.stack((v[:, 0] * c + v[:, 1] * s, v[:, 1] * c - v[:, 0] * s, v[:, 2]), 1)
+
+
+def points_in(box: Box, points: Array, grown_m: float = 0.0) -> Array:
+    """(N,) bool: points (N,3) of the box's frame that lie in it, grown on all sides."""
+    inside: Array = (np.abs(in_box_frame(box, points - box.centre)) <= box.size / 2 + grown_m).all(1)
+    return inside
 
 
 def project(camera: Camera, points: Array, min_depth: float = 0.1) -> tuple[Array, Array, Array]:

@@ -17,7 +17,7 @@ from sensors.adapters import nuscenes as adapter
 from sensors.adapters.base import guess, open_source
 from sensors.errors import UsageError, WmError
 from sensors.formats.nuscenes_writer import write_logs
-from sensors.geometry import from_rotation_translation, inverse, pose_at, project, quaternion_from_rotation, rotation_z, transform_points
+from sensors.geometry import from_rotation_translation, inverse, points_in, pose_at, project, quaternion_from_rotation, rotation_z, transform_points
 from sensors.records import Box, Camera, Image, Labels, Lidar, Log, RecordError, Sweep, Trajectory
 
 START_NS = 1_600_000_000_123_456_000
@@ -673,7 +673,7 @@ def test_real_boxes_hold_the_points_that_the_annotators_counted(keyframe):
     points = transform_points(log.lidars["LIDAR_TOP"].ego_from_lidar, sweep.points)
     boxes = log.open_labels().boxes
     assert len(boxes) == len(info["instances"]) == 69
-    off = [int(adapter._inside(points, box).sum()) - box.points_inside for box in boxes]
+    off = [int(points_in(box, points).sum()) - box.points_inside for box in boxes]
     assert np.mean(np.abs(off) <= 1) > 0.9 and sum(box.points_inside for box in boxes) > 1000, off
     ahead = np.degrees(np.arctan2(points[:, 1], points[:, 0]))
     assert points[:, 2].min() > -3 and np.histogram(ahead, 8, (-180, 180))[0].min() > 1000

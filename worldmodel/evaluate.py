@@ -30,7 +30,7 @@ from sensors.clips import clips_of
 from sensors.data import Part
 from sensors.errors import UsageError, WmError, one_line
 from sensors.evidence import view_from
-from sensors.geometry import inverse, pose_at, transform_points
+from sensors.geometry import in_box_frame, inverse, points_in, pose_at, transform_points
 from sensors.kernels.mixture import quantiles
 from sensors.rays import MAX_RANGE_M, MIN_RANGE_M, RAYS_PER_SWEEP, History, Rays, hide_sector, history_of, in_sector, rays_of
 from sensors.records import Box, Clip, Frame, Labels, Log
@@ -210,19 +210,9 @@ class Movers:
         return [box for box in self._boxes.get(stamp_ns, []) if self.speed(box) > MOVING_M_S]
 
 
-def _in_box_frame(box: Box, vectors: Array) -> Array:
-    c, s = np.cos(box.yaw_rad), np.sin(box.yaw_rad)
-    return np.stack((vectors[:, 0] * c + vectors[:, 1] * s, -vectors[:, 0] * s + vectors[:, 1] * c, vectors[:, 2]), 1)
-
-
-def in_box(box: Box, points: Array, grown_m: float = 0.0) -> Array:
-    """(N,) bool: points (N,3) of the box's ego frame inside it, grown on all sides."""
-    return (np.abs(_in_box_frame(box, points - box.centre)) <= box.size / 2 + grown_m).all(1)
-
-
 def crosses_box(box: Box, origin: Array, directions: Array, ranges: Array) -> Array:
     """(R,) bool: rays from origin (3,) along unit directions (R,3) that enter the box before their ranges (R,)."""
-    o, d = _in_box_frame(box, (origin - box.centre)[None]), _in_box_frame(box, directions)
+    o, d = in_box_frame(box, (origin - box.centre)[None]), in_box_frame(box, directions)
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (-box.size / 2 - o) / d, (box.size / 2 - o) / d
     beside = (d == 0) & (np.abs(o) > box.size / 2)
@@ -242,7 +232,7 @@ def subset_masks(clip: Clip, frame: Frame, history: History, rays: Rays, movers:
         known = np.abs(np.arctan2(ends[:, 1], ends[:, 0])) <= movers.fov_rad
         moving = np.zeros(count, bool)
         for box in movers.moving(frame.stamp_ns):
-            moving |= in_box(box, ends, GROWN_M)
+            moving |= points_in(box, ends, GROWN_M)
         masks["moving"], masks["static"] = known & moving, known & ~moving
         if movers.labelled(clip.stamp_ns):
             pose = rays.present_from_sensor

@@ -37,7 +37,7 @@ from sensors.errors import UsageError, WmError, one_line
 from sensors.formats.images import MAX_BYTES, image_size
 from sensors.formats.payloads import locate_beneath, read_beneath
 from sensors.formats.points import read_bin, usable
-from sensors.geometry import from_rotation_translation, inverse, pose_at, rotation_from_quaternion, transform_points
+from sensors.geometry import from_rotation_translation, inverse, points_in, pose_at, rotation_from_quaternion, transform_points
 from sensors.records import MAX_POINTS, Box, Camera, Image, Labels, Lidar, Log, PointLabels, RecordError, Sweep, Trajectory
 
 Array = NDArray[Any]
@@ -646,7 +646,7 @@ class _Recording:
         numbers = {track: number for number, track in enumerate(sorted({box.track for box in self.boxes}), 1)}
         for box in self.boxes:
             if box.stamp_ns == stamp_ns:
-                inside = _inside(points, box)
+                inside = points_in(box, points)
                 instance[inside] = numbers[box.track]
                 moving[inside] = box.velocity is not None and float(np.hypot(*box.velocity)) > MOVING_MPS
         return PointLabels(stamp_ns, category, instance, moving)
@@ -674,15 +674,6 @@ def _times(rings: Array | None) -> Array | None:
     columns = np.arange(len(rings)) // BEAMS
     offsets: Array = ((columns - columns[-1]) * FIRING_NS).astype(np.int32)
     return offsets
-
-
-def _inside(points: Array, box: Box) -> Array:
-    """(N,) bool: points (N,3) of the ego frame in a box."""
-    c, s = np.cos(box.yaw_rad), np.sin(box.yaw_rad)
-    away = points.astype(np.float64) - box.centre
-    along = np.stack((away[:, 0] * c + away[:, 1] * s, away[:, 1] * c - away[:, 0] * s, away[:, 2]), 1)
-    inside: Array = (np.abs(along) <= box.size / 2).all(axis=1)
-    return inside
 
 
 @dataclass(frozen=True)

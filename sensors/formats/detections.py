@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from sensors.formats.nuscenes_writer import category_of
 from sensors.records import Box, RecordError
-
-Array = NDArray[Any]
 
 CLASSES = (
     "car", "truck", "bus", "trailer", "construction_vehicle", "pedestrian", "motorcycle", "bicycle", "traffic_cone", "barrier",
@@ -39,12 +33,3 @@ class Detection:
     def __post_init__(self) -> None:
         if self.box.category not in CLASSES or not 0 <= self.score <= 1:
             raise RecordError(f"detection at {self.box.stamp_ns}: {self.box.category!r}, score {self.score}; expected a class of nuScenes and 0..1")
-
-
-def points_in(box: Box, points: Array) -> Array:
-    """(N,) bool: points (N,3) of the box's frame that lie in it."""
-    c, s = np.cos(box.yaw_rad), np.sin(box.yaw_rad)
-    away = points.astype(np.float64) - box.centre
-    along = np.stack((away[:, 0] * c + away[:, 1] * s, away[:, 1] * c - away[:, 0] * s, away[:, 2]), 1)
-    inside: Array = (np.abs(along) <= box.size / 2).all(axis=1)
-    return inside

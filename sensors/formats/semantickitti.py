@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensors.errors import one_line
-from sensors.formats.detections import Detection, points_in
+from sensors.formats.detections import Detection
+from sensors.geometry import points_in
 from sensors.records import RecordError
 
 Array = NDArray[Any]

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sensors.geometry import transform_points
-from sensors.records import Box, Log
+from sensors.geometry import points_in, transform_points
+from sensors.records import Log
 
 Array = NDArray[Any]
 
@@ -64,7 +64,8 @@ def likeness(log: Log, every: int = 10) -> Likeness:
             points = transform_points(log.lidars[lidar].ego_from_lidar, sweep.points)
             view = np.abs(np.arctan2(points[:, 1], points[:, 0])) <= labels.complete_fov_rad
             boxes = [b for b in labels.boxes if b.stamp_ns == sweep.stamp_ns and b.velocity is not None and np.hypot(*b.velocity) > MOVING_MPS]
-            on_movers += int((_inside(points, boxes) & view).sum())
+            inside = np.any([points_in(b, points, 0.1) for b in boxes], 0) if boxes else np.zeros(len(points), bool)
+            on_movers += int((inside & view).sum())
             in_view += int(view.sum())
     r, total = np.concatenate(ranges), sum(counts)
     return Likeness(
@@ -78,17 +79,6 @@ def likeness(log: Log, every: int = 10) -> Likeness:
         on_movers / in_view if in_view else float("nan"),
         float(np.median(np.concatenate(intensities))),
     )
-
-
-def _inside(points: Array, boxes: Sequence[Box]) -> Array:
-    found = np.zeros(len(points), bool)
-    for b in boxes:
-        c, s = np.cos(b.yaw_rad), np.sin(b.yaw_rad)
-        d: Array = points - b.centre.astype(np.float32)
-        along, across = c * d[:, 0] + s * d[:, 1], -s * d[:, 0] + c * d[:, 1]
-        reach = b.size / 2 + 0.1
-        found |= (np.abs(along) < reach[0]) & (np.abs(across) < reach[1]) & (np.abs(d[:, 2]) < reach[2])
-    return found
 
 
 def table(rows: Sequence[Likeness]) -> str:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from sensors.formats import kitti
-from sensors.formats.detections import CLASSES, Detection, class_of, points_in
+from sensors.formats.detections import CLASSES, Detection, class_of
 from sensors.formats.kitti_results import label_text
 from sensors.formats.nuscenes_results import MOST_PER_SAMPLE, results_json
 from sensors.formats.nuscenes_writer import CATEGORIES
 from sensors.formats.semantickitti import labels_of_boxes, read_labels
-from sensors.geometry import from_rotation_translation, inverse, rotation_from_quaternion, rotation_z, transform_points
+from sensors.geometry import from_rotation_translation, inverse, points_in, rotation_from_quaternion, rotation_z, transform_points
 from sensors.records import Box, Camera, RecordError
 
 EGO_FROM_CAMERA = from_rotation_translation(np.array([[0, 0, 1.0], [-1, 0, 0], [0, -1, 0]]), np.array([1.2, 0.1, 0.6]))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sensors.formats.detections import CLASSES, Detection, class_of, points_in
-from sensors.geometry import inverse, transform_points
+from sensors.formats.detections import CLASSES, Detection, class_of
+from sensors.geometry import inverse, points_in, transform_points
 from sensors.rays import history_of
 from sensors.records import Box, Clip, Labels
 from worldmodel.batches import state_from_ego
