@@ -21,9 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def show(folder: str, report: dict[str, Any]) -> None:
+    from sensors.errors import one_line
+
     arrived = f"{report['loaded']} of {report['tensors']} {report.get('unit', 'tensors')}"
     absolute = f" ({report['absolute']:.1e} in a map up to {report['largest']:.3g})" if report.get("largest", 0.0) > 1 else ""
     print(f"{folder}: {arrived}, largest difference {report['difference']:.1e}{absolute}, licence {report['licence']}")
+    if real := report.get("real"):
+        print(f"real {real['package']} {one_line(real['version'], 40)}: {real['loaded']} of {real['tensors']} tensors, "
+              f"largest difference {real['difference']:.1e}")  # fmt: skip
     for kind in ("missing", "unexpected", "mismatched", "reasons", "notes"):
         _list(kind.removesuffix("s"), report.get(kind, ()))
     print("everything arrived" if report["passed"] else "NOT everything arrived: do not train from this")

@@ -45,7 +45,9 @@ def objectives(weights: dict[str, float]) -> dict[str, Loss]:
     known = {m.name for m in pkgutil.iter_modules(package.__path__)}
     if unknown := sorted(set(weights) - known):
         raise UsageError(f"objectives.{one_line(unknown[0])}: not one of {', '.join(sorted(known))}")
-    return {name: importlib.import_module(f"worldmodel.objectives.{name}").loss for name in weights}
+    if not any(weights.values()):
+        raise UsageError("objectives: none has a weight, so there is nothing to learn")
+    return {name: importlib.import_module(f"worldmodel.objectives.{name}").loss for name, weight in weights.items() if weight}
 
 
 def clips_of_parts(parts: Sequence[Part], config: Config) -> tuple[list[Clip], list[float]]:

@@ -21,7 +21,7 @@ from sensors.errors import UsageError, WmError, one_line
 from sensors.files import check_folder, commit_folder, read_whole
 from worldmodel.config import Encoder
 from worldmodel.encoders.contract import Clouds
-from worldmodel.handover import check_in_target
+from worldmodel.handover import check_in_target, real
 from worldmodel.handover.checkpoints import read_checkpoint, read_tensors
 from worldmodel.handover.folding import Column, as_target, folded
 from worldmodel.handover.mmdet3d_modules import BASES, NORM, Base, Detector, load_checkpoint, merged, read_config
@@ -219,8 +219,9 @@ def _sample(folder: Path) -> dict[str, Tensor]:
 def verify(folder: Path) -> dict[str, Any]:
     """Lay the child configuration on its base, build what mmdetection3d would build, load as mmengine would, run the stored cloud, compare.
 
-    Gives {"loaded", "tensors", "expected", "missing", "unexpected", "mismatched", "difference", "absolute", "largest", "reasons"}: difference is
-    the absolute one over the map's largest value where that is above 1 (float32 rounds in proportion). WmError where nothing can be built."""
+    Gives {"loaded", "tensors", "expected", "missing", "unexpected", "mismatched", "difference", "absolute", "largest", "reasons"} and what
+    `handover.real` gives. difference is the absolute one over the map's largest value where that is above 1 (float32 rounds in proportion). WmError
+    where nothing can be built."""
     manifest = check_folder(folder)
     kind = manifest.get("base")
     if kind not in BASES:
@@ -229,7 +230,8 @@ def verify(folder: Path) -> dict[str, Any]:
     child = read_config(read_whole(folder / CONFIG, 1 << 20).decode("utf-8", "replace"))
     if child.get("_base_") != f"./{base.path.partition('/')[2]}" or child.get("load_from") != WEIGHTS:
         raise WmError(f"{one_line(folder / CONFIG)}: _base_ or load_from is not what this export is made for; export the run again")
-    detector = Detector(merged(base.model, child.get("model", {})), base.prefix).eval()
+    model = merged(base.model, child.get("model", {}))
+    detector = Detector(model, base.prefix).eval()
     checkpoint = read_checkpoint(folder / WEIGHTS)
     loaded = load_checkpoint(detector, {checkpoint.wrapper: checkpoint.tensors} if checkpoint.wrapper else checkpoint.tensors)
     sample = _sample(folder)
@@ -246,6 +248,7 @@ def verify(folder: Path) -> dict[str, Any]:
         reasons.append(f"{base.prefix}voxel_encoder.legacy is True: offsets overwrite the absolute xyz that the first layer reads; set legacy=False")
     elif not difference <= TOLERANCE and len(loaded.loaded) == len(detector.state_dict()):
         reasons.append("every tensor has the name and shape of one of theirs, and the maps differ: the values of some are others than we wrote")
+    theirs = real.mmdet3d(model, base.prefix, checkpoint.tensors, sample)
     return {"loaded": len(loaded.loaded), "tensors": len(detector.state_dict()), "expected": int(manifest["tensors"]), "missing": loaded.missing,
             "unexpected": loaded.unexpected, "mismatched": loaded.mismatched, "difference": difference, "absolute": absolute,
-            "largest": largest, "reasons": reasons}  # fmt: skip
+            "largest": largest, **theirs, "reasons": reasons + theirs["reasons"]}  # fmt: skip

@@ -27,7 +27,7 @@ from sensors.files import check_folder, commit_folder, read_whole
 from worldmodel.config import Encoder, Model
 from worldmodel.encoders.contract import Clouds
 from worldmodel.encoders.standalone import cells_of
-from worldmodel.handover import check_in_target
+from worldmodel.handover import check_in_target, real
 from worldmodel.handover.checkpoints import read_tensors
 from worldmodel.handover.folding import Column, as_target, folded
 from worldmodel.handover.openpcdet_modules import (
@@ -328,8 +328,8 @@ def verify(folder: Path) -> dict[str, Any]:
     """Build the detector of each YAML as OpenPCDet would, load as its loader does, run the stored cloud through it.
 
     Gives of the encoder {"loaded", "tensors", "expected", "missing", "unexpected", "mismatched", "difference", "absolute", "largest"}, beside them
-    "log" (the last line of their loader, by YAML) and "reasons". BadFile for a file that is not what the manifest says, WmError for a YAML that
-    builds nothing."""
+    "log" (the last line of their loader, by YAML), "reasons", and what `handover.real` gives. BadFile for a file that is not what the manifest
+    says, WmError for a YAML that builds nothing."""
     manifest = check_folder(folder)
     models, trained_with = manifest.get("models"), manifest.get("input")
     if not isinstance(models, dict) or not models or not set(models) <= set(FILES.values()) or not isinstance(trained_with, dict):
@@ -338,9 +338,10 @@ def verify(folder: Path) -> dict[str, Any]:
     sample = _sample(folder)
     report: dict[str, Any] = {"loaded": 0, "tensors": 0, "expected": int(manifest["tensors"]), "missing": [], "unexpected": [], "mismatched": [],
                               "difference": 0.0, "absolute": 0.0, "largest": 0.0, "log": {}, "reasons": []}  # fmt: skip
-    for number, name in enumerate(sorted(models)):
+    trees = {name: _yaml(folder / name, one_line(folder / name)) for name in sorted(models)}
+    for number, (name, tree) in enumerate(trees.items()):
         what = one_line(folder / name)
-        settings = settings_of(_yaml(folder / name, what), what)
+        settings = settings_of(tree, what)
         detector = Detector(settings).eval()
         loaded = load_params(detector, weights)
         found = _judged(detector, loaded, sample, trained_with, what)
@@ -352,7 +353,8 @@ def verify(folder: Path) -> dict[str, Any]:
         report["loaded"] = min(report["loaded"], found["loaded"]) if number else found["loaded"]
         report["tensors"] = max(report["tensors"], found["tensors"])
         report |= {key: max(report[key], found[key]) for key in ("difference", "absolute", "largest")}
-    return report
+    theirs = real.openpcdet(trees, weights, sample)
+    return report | theirs | {"reasons": report["reasons"] + theirs["reasons"]}
 
 
 def _yaml(path: Path, what: str) -> Any:

@@ -223,6 +223,15 @@ def hard_voxelize(
     return voxels, coors, np.bincount(number[keep], minlength=count)[:count]
 
 
+def voxels_of(points: Tensor, layer: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `voxel_layer` makes of one cloud (N,F) in training: slots (V,P,F), counts (V,), coordinates (V,4) as batch z y x."""
+    caps = layer["max_voxels"]
+    most = caps[0] if isinstance(caps, list | tuple) else caps
+    voxels, coors, counts = hard_voxelize(points.numpy(), layer["voxel_size"], layer["point_cloud_range"], layer["max_num_points"], most)
+    batched = torch.cat((torch.zeros(len(coors), 1, dtype=torch.long), torch.from_numpy(coors)), 1)
+    return torch.from_numpy(voxels), torch.from_numpy(counts), batched
+
+
 class Detector(nn.Module):
     """The part of VoxelNet or CenterPoint before its head, built from a `model` configuration under the names that the checkpoint has."""
 
@@ -243,13 +252,9 @@ class Detector(nn.Module):
 
     def forward(self, points: Tensor) -> Tensor:
         """One cloud (N,F) f32 -> (1,C,H,W)."""
-        layer = self.voxel_layer
-        caps = layer["max_voxels"]
-        most = caps[0] if isinstance(caps, list | tuple) else caps
-        voxels, coors, counts = hard_voxelize(points.numpy(), layer["voxel_size"], layer["point_cloud_range"], layer["max_num_points"], most)
-        batched = torch.cat((torch.zeros(len(coors), 1, dtype=torch.long), torch.from_numpy(coors)), 1)
-        values = self.part("voxel_encoder")(torch.from_numpy(voxels), torch.from_numpy(counts), batched)
-        return self.part("neck")(self.part("backbone")(self.part("middle_encoder")(values, batched, 1)))  # type: ignore[no-any-return]
+        voxels, counts, coors = voxels_of(points, self.voxel_layer)
+        values = self.part("voxel_encoder")(voxels, counts, coors)
+        return self.part("neck")(self.part("backbone")(self.part("middle_encoder")(values, coors, 1)))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
