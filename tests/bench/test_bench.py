@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from worldmodel.tools import bench
+from worldmodel import bench
+from worldmodel.tools import bench as command
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_a_wrong_answer_and_a_missing_peer_are_said() -> None:
 
 def test_rows_and_machine_come_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     wrong = bench.Case("wrong", "peer", lambda: [np.zeros(2)], lambda: [np.ones(2)], bench._equal)
-    monkeypatch.setattr(bench, "SECTIONS", {"kernels": lambda args: [bench.measure("kernels", "none", wrong, args.rounds)]})
-    assert bench.run(argparse.Namespace(sections=[], rounds=1, log=None, json=True)) == 1
+    monkeypatch.setattr(bench, "SECTIONS", {"kernels": lambda rounds, log, report: [bench.measure("kernels", "none", wrong, rounds)]})
+    assert command.run(argparse.Namespace(sections=[], rounds=1, log=None, json=True)) == 1
     printed = json.loads(capsys.readouterr().out)
     assert printed["command"] == "bench" and printed["rows"][0]["name"] == "wrong" and printed["machine"]["numba"] != "none"
