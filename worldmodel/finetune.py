@@ -26,6 +26,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,11 +83,13 @@ def tasks() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def examples(parts: Sequence[Part], task: ModuleType, config: Config, every_s: float) -> list[Any]:
-    """The labelled frames of the data, log by log. WmError where no log has labels."""
+def examples(parts: Sequence[Part], task: ModuleType, config: Config, every_s: float, report: Callable[[int, int], None] | None = None) -> list[Any]:
+    """The labelled frames of the data, log by log; report(parts read, parts). WmError where no log has labels."""
     found = []
     model = config.model
-    for part in parts:
+    for number, part in enumerate(parts):
+        if report:
+            report(number, len(parts))
         labels = part.log.open_labels()
         if labels is None:
             continue
@@ -165,8 +168,10 @@ class Trial:
     def autocast(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.autocast == "bf16")
 
-    def train(self, frames: Sequence[Any], held: Sequence[Any]) -> tuple[int, list[tuple[int, float]]]:
-        """Train, and keep the best weights by validation; gives the steps taken and the validation curve."""
+    def train(
+        self, frames: Sequence[Any], held: Sequence[Any], report: Callable[[int, float], None] | None = None
+    ) -> tuple[int, list[tuple[int, float]]]:
+        """Train, and keep the best weights by validation; gives the steps taken and the validation curve, of which report(step, score) hears."""
         plan = self.plan
         if self.random:
             set_statistics(self.encoder, [self.batch(frames, step)[0] for step in range(8)])
@@ -199,6 +204,8 @@ class Trial:
                 continue
             value = self.score(held)
             curve.append((step, value))
+            if report:
+                report(step, value)
             if value > best[0] + 1e-4 or best[0] <= 0:  # at 0 a detector has only not started yet
                 best, since = (value, self._weights()), 0
             else:
@@ -245,8 +252,11 @@ def finetune(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     start = open_start(source)
     task = importlib.import_module(f"worldmodel.downstream.{task_name}")
-    train_frames = examples(train_parts, task, start.config, plan.every_s)
-    test_frames = examples(test_parts, task, start.config, plan.every_s)
+    todo = [(f, s, a) for f in sorted(fractions) for s in seeds for a in arms]
+    say = report or (lambda done, total, text: None)
+    reading = lambda done, total: say(0, len(todo), f"logs read: {done} of {total}")  # noqa: E731
+    train_frames = examples(train_parts, task, start.config, plan.every_s, reading)
+    test_frames = examples(test_parts, task, start.config, plan.every_s, reading)
     names = sorted({frame.log for frame in train_frames})
     if overlap := {frame.log for frame in test_frames} & set(names) if test_parts is not train_parts else set():
         raise UsageError(f"log {one_line(sorted(overlap)[0])} is in the training and in the test data; take it out of one")
@@ -255,20 +265,23 @@ def finetune(
     held = [frame for frame in train_frames if frame.log in held_logs]
     held = [held[i] for i in np.unique(np.linspace(0, len(held) - 1, min(plan.held_frames, len(held))).astype(int))]
     results: list[Result] = []
-    todo = [(f, s, a) for f in sorted(fractions) for s in seeds for a in arms]
+
+    def heard(number: int, what: str, step: int, value: float) -> None:
+        say(number, len(todo), f"{what}: step {step}, {task.SCORE} {value:.3f} on held-out logs")
+
     for number, (fraction, seed, arm) in enumerate(todo):
+        what = f"{arm} {fraction:.0%} seed {seed}"
         chosen = set(drawn(pool, fraction))
         frames = [frame for frame in train_frames if frame.log in chosen]
         began = time.monotonic()
         trial = Trial(start, arm, seed, task, plan)
-        steps, curve = trial.train(frames, held)
+        steps, curve = trial.train(frames, held, partial(heard, number, what))
         score = trial.score(test_frames)
         result = Result(arm, fraction, seed, score, steps, round(time.monotonic() - began, 1), len(chosen), len(frames), tuple(curve))
         results.append(result)
         if finished:
             finished(trial, result)
-        if report:
-            report(number + 1, len(todo), f"{arm} {fraction:.0%} seed {seed}: {task.SCORE} {score:.3f} after {steps} steps")
+        say(number + 1, len(todo), f"{what}: {task.SCORE} {score:.3f} after {steps} steps")
     return results
 
 

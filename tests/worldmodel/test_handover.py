@@ -115,7 +115,10 @@ def test_a_flipped_bit_is_refused(handed, tmp_path):
 
 def test_finetuning_compares_all_arms_on_the_same_terms(run, parts):
     plan = finetune.Plan(batch=2, most_steps=4, every=2, patience=2, threads=1)
-    results = finetune.finetune(run, parts[:4], parts[4:], seeds=(0,), fractions=(0.5, 1.0), plan=plan)
+    said: list[tuple[int, int, str]] = []
+    results = finetune.finetune(run, parts[:4], parts[4:], seeds=(0,), fractions=(0.5, 1.0), plan=plan, report=lambda *line: said.append(line))
+    assert said[0] == (0, 8, "logs read: 0 of 4") and said[-1][:2] == (8, 8)
+    assert any(done == 1 and text.startswith("pretrained 50% seed 0: step 2, IoU") for done, _, text in said)
     assert {(r.arm, r.fraction) for r in results} == {(a, f) for a in finetune.ARMS for f in (0.5, 1.0)}
     assert all(0 <= r.score <= 1 and r.steps <= 4 for r in results)
     half, whole = ({r.logs for r in results if r.fraction == f} for f in (0.5, 1.0))
