@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sensors.clips import clips_at
 from sensors.data import Part
@@ -45,6 +45,7 @@ from worldmodel.labelled import grid_of, labelled_stamps
 from worldmodel.start import Start, open_start
 
 MOMENTUM = 0.1
+MOST_GROWTH = 10.0
 ARMS = ("scratch", "pretrained", "pretrained_frozen", "random_frozen")
 
 
@@ -126,6 +127,15 @@ def set_statistics(encoder: nn.Module, batches: Sequence[Any]) -> None:
         norm.momentum = momentum
 
 
+def _growth(trained: Tensor, fresh: Tensor) -> float:
+    """By what factor a weight is larger than a fresh one, 1 for vectors. A norm behind it makes its size meaningless, but Adam's steps do not grow
+    with it: pretrained weights of twice the size would turn half as fast as those from scratch."""
+    size = float(fresh.detach().norm())
+    if trained.ndim < 2 or size == 0:
+        return 1.0
+    return min(max(1.0, float(trained.detach().norm()) / size), MOST_GROWTH)
+
+
 class Trial:
     """One arm and seed: an encoder, a head, and how they are trained."""
 
@@ -134,7 +144,9 @@ class Trial:
         self.frozen = arm.endswith("frozen")
         self.random = arm in ("scratch", "random_frozen")
         torch.manual_seed(seed)
-        self.encoder = start.encoder(pretrained=not self.random)
+        fresh = start.encoder(pretrained=False)
+        self.encoder = fresh if self.random else start.encoder(pretrained=True)
+        self.share_of_rate = {name: _growth(p, q) for (name, p), q in zip(self.encoder.named_parameters(), fresh.parameters(), strict=True)}
         self.grid = grid_of(start.config.encoder, float(self.encoder.cell_m))  # type: ignore[arg-type]
         torch.manual_seed(seed)
         self.head = task.Head(self.encoder.channels)
@@ -178,13 +190,16 @@ class Trial:
         if not self.frozen:
             for norm in _norms(self.encoder):  # a schedule of hundreds of steps needs statistics that keep up with it
                 norm.momentum = MOMENTUM
-        parameters = [*self.head.parameters()] + ([] if self.frozen else [*self.encoder.parameters()])
-        optimizer = torch.optim.AdamW(parameters, plan.rates[0], betas=(0.9, 0.99), weight_decay=1e-2)
+        groups = [{"params": [*self.head.parameters()], "share": 1.0}]
+        if not self.frozen:
+            groups += [{"params": [p], "share": self.share_of_rate[name]} for name, p in self.encoder.named_parameters()]
+        parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+        optimizer = torch.optim.AdamW(groups, plan.rates[0], betas=(0.9, 0.99), weight_decay=1e-2)
         curve: list[tuple[int, float]] = []
         best, since, step, fall = (-1.0, self._weights()), 0, 0, 0
         while step < plan.most_steps:
             for group in optimizer.param_groups:
-                group["lr"] = plan.rates[fall] * min(1.0, (step + 1) / 30)
+                group["lr"] = group["share"] * plan.rates[fall] * min(1.0, (step + 1) / 30)
             self.encoder.train(not self.frozen)
             self.head.train()
             clouds, wanted = self.batch(frames, step)

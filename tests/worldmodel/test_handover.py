@@ -1,5 +1,6 @@
 """Forecasts, export, verify, fine-tuning and probe of a trained run."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -168,6 +169,22 @@ def test_running_statistics_keep_up_in_arms_that_train(run, parts):
     trial.train(frames, frames)
     momenta = {m.momentum for m in trial.encoder.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)}
     assert momenta == {finetune.MOMENTUM}
+
+
+def test_weights_that_have_grown_learn_in_proportion(run):
+    import importlib
+
+    from worldmodel.start import open_start
+
+    start = open_start(run)
+    grown = dataclasses.replace(start, weights={k: 3 * v if v.ndim > 1 else v for k, v in start.weights.items()})
+    task = importlib.import_module("worldmodel.downstream.bev_segmentation")
+    share = {arm: finetune.Trial(grown, arm, 0, task, finetune.Plan()).share_of_rate for arm in ("pretrained", "scratch")}
+    assert set(share["scratch"].values()) == {1.0} and set(share["pretrained"]) == set(share["scratch"])
+    once = finetune.Trial(start, "pretrained", 0, task, finetune.Plan()).share_of_rate
+    for name, value in share["pretrained"].items():
+        assert value == 1.0 if grown.weights[name].ndim == 1 else value > 2.5
+        assert value == 1.0 or once[name] == 1.0 or value == pytest.approx(3 * once[name])
 
 
 def test_smaller_label_shares_are_part_of_larger_ones():
