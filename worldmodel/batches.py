@@ -11,7 +11,7 @@ import dataclasses
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sensors import evidence as past_evidence
 from sensors.geometry import inverse, project, rotation_z, transform_points
+from sensors.motion import motion_of
 from sensors.rays import History, Rays, history_of, rays_of
 from sensors.records import Clip, Frame
 from worldmodel.config import Config, Encoder
@@ -32,6 +33,10 @@ Array = NDArray[Any]
 CHANGED_M = 0.5  # a ray counts as changed where the newest sweep's nearest reading is farther off
 CHANGED_SHARE = 0.25
 BORDER_RAD = float(np.deg2rad(1.5))
+MOVER_CELL_M, MOVER_POINTS = 0.2, 2
+MASKED_SHARE, MASK_M = 0.3, 4.0  # of the ground, in squares, that a dense clip does not show
+DENSE_NEWEST_SHARE = 0.5  # of the dense clips show the newest sweep alone: what may move must be told by its shape
+Role = Literal["read", "dense", "prior"]
 FULL_WEIGHT_M = 15.0
 
 
@@ -98,7 +103,8 @@ def _near_enough(found: past_evidence.Evidence) -> dict[str, Array]:
 class Prepared:
     """A clip ready for training: past clouds (N,5) x y z intensity dt in the state frame, newest first, as `latent_sweeps` asks; times_s (K,)
     of the future frames; clouds (N,5) of those future sweeps that `instants` (1..K) names; the ray table of the present and of these instants, with
-    range, intensity, colour and weight beside it."""
+    range, intensity, colour and weight beside it; movers (M,5), zeros beside x y z: where things that were found to move are at t = 0, a
+    point in each cube of MOVER_CELL_M."""
 
     id: str
     past: tuple[Array, ...]
@@ -106,10 +112,11 @@ class Prepared:
     times_s: Array
     instants: tuple[int, ...]
     rays: RayTable
+    movers: Array
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self.past, *self.future, *self.rays.columns.values()))
+        return sum(a.nbytes for a in (*self.past, *self.future, self.movers, *self.rays.columns.values()))
 
 
 def past_clouds(clip: Clip, history: History, config: Config) -> tuple[Array, ...]:
@@ -168,7 +175,15 @@ def prepare(clip: Clip, config: Config) -> Prepared:
     table = ray_table(history, asked, to_state, steps)
     table.columns.update({name: np.concatenate([t[name] for t in truth]) for name in truth[0]})
     times = np.array([(frame.stamp_ns - clip.stamp_ns) / 1e9 for frame in clip.future])
-    return Prepared(clip.id, past, tuple(future), times, tuple(steps[1:]), table)
+    return Prepared(clip.id, past, tuple(future), times, tuple(steps[1:]), table, _movers(history, to_state))
+
+
+def _movers(history: History, state_from_present: Array) -> Array:
+    """(M,5): see `Prepared`; cells with fewer than MOVER_POINTS of a mover's points are left out."""
+    places = transform_points(state_from_present, motion_of(history).movers)
+    cells, counts = np.unique(np.floor(places / MOVER_CELL_M).astype(np.int32), axis=0, return_counts=True)
+    middles = (cells[counts >= MOVER_POINTS] + 0.5) * MOVER_CELL_M
+    return np.concatenate((middles, np.zeros((len(middles), 2))), 1).astype(np.float32)
 
 
 class _PoseErrors:
@@ -234,13 +249,15 @@ def _colours(clip: Clip, frame: Frame, rays: Rays) -> Array:
 @dataclass(frozen=True, eq=False)
 class Visit:
     """One clip in one step, after drawing, augmenting and withholding; newest: its newest past sweep without anything withheld;
-    future_origin (2,3): the sensor at the future sweep and at this one. A visit of the prior alone has no clouds and no rays that are read with
-    the state."""
+    future_origin (2,3): the sensor at the future sweep and at this one. role: `read` has everything; `dense` no rays, `prior` no clouds and no rays
+    that are read with the state."""
 
     id: str
+    role: Role
     past: tuple[Array, ...]
     present: Array
     newest: Array
+    movers: Array
     future: Array
     future_step: int
     future_origin: Array
@@ -249,35 +266,36 @@ class Visit:
     prior: RayTable
 
 
-def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augment: bool = True, with_state: bool = True) -> Visit:
-    """What the step at (epoch, position) sees of a clip; without state: only rays for the prior."""
+def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augment: bool = True, role: Role = "read") -> Visit:
+    """What the step at (epoch, position) sees of a clip."""
     train = config.train
     rng = rng_of(config.seed, epoch, position, prepared.id)
     stateful, prior = [], []
-    read = train.rays if with_state else 0
+    read, alone = (train.rays if role == "read" else 0), (0 if role == "dense" else train.prior_rays)
     for step in (0, *prepared.instants):
         rows = rng.permutation(np.flatnonzero(prepared.rays.columns["step"] == step))
         stateful.append(rows[:read])
-        prior.append(rows[read : read + train.prior_rays if step else read])  # of the present there is no evidence
+        prior.append(rows[read : read + alone if step else read])  # of the present there is no evidence
     tables = [prepared.rays.take(np.concatenate(rows)) for rows in (stateful, prior)]
     nothing = np.zeros((0, 5), np.float32)
-    past, pick = list(prepared.past) if with_state else [nothing], int(rng.integers(max(len(prepared.future), 1)))
-    future = prepared.future[pick] if prepared.future and with_state else nothing
+    past, pick = list(prepared.past) if role != "prior" else [nothing], int(rng.integers(max(len(prepared.future), 1)))
+    future = prepared.future[pick] if prepared.future and role == "read" else nothing
     future_step = prepared.instants[pick] - 1 if prepared.future else 0
     origins = np.stack([_origin(prepared.rays, step) for step in (future_step + 1, 0)])
-    present, newest = np.ones(len(past), bool), past[0]
+    present, newest, movers = np.ones(len(past), bool), past[0], prepared.movers
     for table in tables:
         table.columns["hidden"] = np.zeros(len(table), bool)
         table.columns["with_evidence"], table.columns["told"] = np.ones(len(table), bool), np.ones(len(table), bool)
     if augment:
         turn = _turn(rng, config)
+        newest, movers, future, origins = (_turned(points, turn) for points in (newest, movers, future, origins))
         past = [_turned(points[rng.random(len(points)) >= train.point_drop * rng.random()], turn) for points in past]
-        future, origins = _turned(future, turn), _turned(origins, turn)
-        newest = past[0]
         tables = [_turned_rays(table, turn) for table in tables]
-        if config.model.join_sweeps and rng.random() < train.newest_share:
+        if config.model.join_sweeps and rng.random() < (train.newest_share if role == "read" else DENSE_NEWEST_SHARE):
             past = past[:1]
-        if rng.random() < train.hidden_share:
+        if role == "dense":
+            past = _masked(rng, past)
+        elif rng.random() < train.hidden_share:
             past, present, tables = _withheld(rng, past, present, tables)
         for table in tables:
             _drop_sweep(rng, table, train.sweep_drop, config.model.past)
@@ -289,7 +307,15 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
         c["with_evidence"] &= ~(np.isnan(c["quadrants"]).all((1, 2)) & np.isnan(c["nearest"]).all(1))
     if config.model.join_sweeps:
         past, present = list(joined(past, config)), np.ones(1, bool)
-    return Visit(prepared.id, tuple(past), present, newest, future, future_step, origins, prepared.times_s, tables[0], tables[1])
+    return Visit(prepared.id, role, tuple(past), present, newest, movers, future, future_step, origins, prepared.times_s, tables[0], tables[1])
+
+
+def _masked(rng: np.random.Generator, past: list[Array]) -> list[Array]:
+    """The clouds without what stands on MASKED_SHARE of the ground, squares of MASK_M, the same ones for all."""
+    size, shift = 64, rng.uniform(0, MASK_M, 2)  # a pattern that repeats after size squares, far outside of any map
+    hidden = rng.random((size, size)) < MASKED_SHARE
+    cells = [np.floor((points[:, :2] + shift) / MASK_M).astype(np.int64) % size for points in past]
+    return [points[~hidden[at[:, 0], at[:, 1]]] for points, at in zip(past, cells, strict=True)]
 
 
 def _origin(rays: RayTable, step: int) -> Array:
@@ -429,9 +455,10 @@ def clouds_of(clouds: Sequence[Array], encoder: Encoder, device: torch.device | 
 
 
 def collate(visits: Sequence[Visit], config: Config, device: torch.device | str = "cpu", *, foretell: bool = True) -> Batch:
-    """Visits -> a batch: the rays that are read with the state first, which the first visits have; foretell: the latents of the future."""
+    """Visits -> a batch. They come by role, as `Role` lists them, and rays that are read with the state before others; foretell: the latents of the
+    future."""
     tables = [v.stateful for v in visits] + [v.prior for v in visits]
-    seen = [v for v in visits if len(v.stateful)]
+    seen, read = [v for v in visits if v.role != "prior"], [v for v in visits if v.role == "read"]
     of = np.concatenate([np.full(len(t), i % len(visits), np.int64) for i, t in enumerate(tables)])
     table = RayTable({name: np.concatenate([t.columns[name] for t in tables]) for name in tables[0].columns})
     encoder = config.encoder
@@ -439,7 +466,7 @@ def collate(visits: Sequence[Visit], config: Config, device: torch.device | str 
     return Batch(
         clouds=clouds_of([p for v in seen for p in v.past], encoder, device),
         present=torch.from_numpy(np.stack([v.present for v in seen])).to(device),
-        times_s=torch.from_numpy(np.stack([v.times_s for v in seen]).astype(np.float32)).to(device),
+        times_s=torch.from_numpy(np.stack([v.times_s for v in read]).astype(np.float32)).to(device),
         rays=ray_input(table, of, device),
         stateful=sum(len(v.stateful) for v in visits),
         ranges=tensor("range").float(),
@@ -447,9 +474,12 @@ def collate(visits: Sequence[Visit], config: Config, device: torch.device | str 
         hidden=tensor("hidden"),
         intensity=tensor("intensity").float(),
         colour=tensor("colour").float(),
-        future=clouds_of([v.future for v in seen] + [v.newest for v in seen], encoder, device) if len(seen[0].times_s) else None,
-        future_step=torch.tensor([v.future_step for v in seen], device=device),
-        future_origin=torch.from_numpy(np.concatenate([[v.future_origin[i] for v in seen] for i in (0, 1)])).to(device),
+        movers=clouds_of([v.movers for v in seen], encoder, device),
+        newest=clouds_of([v.newest for v in seen], encoder, device),
+        newest_origin=torch.from_numpy(np.stack([v.future_origin[1] for v in seen])).to(device),
+        future=clouds_of([v.future for v in read], encoder, device) if len(read[0].times_s) else None,
+        future_step=torch.tensor([v.future_step for v in read], device=device),
+        future_origin=torch.from_numpy(np.stack([v.future_origin[0] for v in read])).to(device),
         foretell=foretell,
         clips=tuple(v.id for v in visits),
     )

@@ -83,18 +83,19 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    """clips: per step, prior_clips: more of them, for the prior alone. rays, prior_rays: read with the state and without it, per clip and instant;
-    stored_rays: drawn once per clip and instant, of which each visit takes some; instants: future frames asked about per clip, beside the
-    present. every_s: spacing of the clips' t = 0. hidden_share: of the clips get a region hidden; evidence_share: of the rays with state keep
-    their evidence, positions_share: keep where its readings lie and nothing else; newest_share: of the clips show the encoder the newest sweep
-    alone; sweep_drop: chance that a ray loses the evidence of one past sweep. pose_error_m, pose_error_deg: largest deviation of the errors
-    that a clip's poses are given. validation: share of the clips held out, whole logs where there are several. cache_gb: memory for prepared
-    clips. seconds: stop after so much wall time, which the learning rate then follows (0: by steps alone). autocast: auto, bf16 or off;
-    channels_last: auto, on or off."""
+    """clips: per step; dense_clips: more of them, encoded for the dense objectives alone; prior_clips: more, for the prior alone. rays,
+    prior_rays: read with the state and without it, per clip and instant; stored_rays: drawn once per clip and instant, of which each visit takes
+    some; instants: future frames asked about per clip, beside the present. every_s: spacing of the clips' t = 0. hidden_share: of the clips get a
+    region hidden; evidence_share: of the rays with state keep their evidence, positions_share: keep where its readings lie and nothing else;
+    newest_share: of the clips show the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep.
+    pose_error_m, pose_error_deg: largest deviation of the errors that a clip's poses are given. validation: share of the clips held out, whole
+    logs where there are several. cache_gb: memory for prepared clips. seconds: stop after so much wall time, which the learning rate then follows
+    (0: by steps alone). autocast: auto, bf16 or off; channels_last: auto, on or off."""
 
     steps: int
     seconds: float
     clips: int
+    dense_clips: int
     prior_clips: int
     rays: int
     prior_rays: int

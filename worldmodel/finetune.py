@@ -42,6 +42,7 @@ from worldmodel.batches import clouds_of, rng_of
 from worldmodel.config import Config
 from worldmodel.encoders.contract import Clouds
 from worldmodel.labelled import grid_of, labelled_stamps
+from worldmodel.pretrain import keep_freed_memory
 from worldmodel.start import Start, open_start
 
 MOMENTUM = 0.1
@@ -150,6 +151,8 @@ class Trial:
         self.grid = grid_of(start.config.encoder, float(self.encoder.cell_m))  # type: ignore[arg-type]
         torch.manual_seed(seed)
         self.head = task.Head(self.encoder.channels)
+        if start.config.train.channels_last == "on":
+            self.encoder, self.head = (module.to(memory_format=torch.channels_last) for module in (self.encoder, self.head))  # type: ignore[call-overload]
 
     def clouds(self, examples: Sequence[Any]) -> Clouds:
         return clouds_of([example.points for example in examples], self.config.encoder)
@@ -262,6 +265,7 @@ def finetune(
         raise UsageError(f"--task {one_line(task_name)}: not one of {', '.join(tasks())}")
     if wrong := sorted(set(arms) - set(ARMS)):
         raise UsageError(f"--arms {one_line(wrong[0])}: not one of {', '.join(ARMS)}")
+    keep_freed_memory()
     torch.set_num_threads(plan.threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

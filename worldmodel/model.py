@@ -4,7 +4,8 @@ Everything predicted lives in the *state frame*: the reference LiDAR's at t = 0 
 world stands still in it, ego motion is known geometry, and what has to be learned is what is hidden and what moves. Future poses only
 say from where the sensor will look.
 
-B clips, T past sweeps, K future instants, C channels, H/W cells, N rays, L of them read with the state, P positions along a ray.
+B clips whose rays are read with the state, D dense ones that follow them and are only encoded, T past sweeps, K future instants, C channels, H/W
+cells, N rays, L of them read with the state, P positions along a ray.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from worldmodel.sampling import sample_maps
 
 MOVED_COPIES = 2
 OCCUPANCY_SLICES = 16  # of the encoder's range in height
+RARE = -3.0  # logit at which a cell that nobody knows anything of is taken to move
 
 
 @dataclass(frozen=True)
 class Batch:
-    """clouds: B*T past sweeps, clip by clip, newest first; present (B,T) bool: which of them are there (a withheld one has no points);
+    """clouds: (B+D)*T past sweeps, clip by clip, newest first; present (B+D,T) bool: which of them are there (a withheld one has no points);
     times_s (B,K): future instants. rays: N rays, of which the first `stateful` are read with the state. ranges (N,): the truth, NaN where
     unknown; weight (N,); hidden (N,) bool: the truth lies in a region withheld from all past input; intensity (N,), colour (N,3): of the
-    return, NaN where unknown. future: B clouds of the true future sweep at index future_step (B,) of times_s, then B of the newest past sweep with
-    nothing withheld, or None; future_origin (2B,3): from where they were seen; foretell: ask for their latents. clips: their ids."""
+    return, NaN where unknown. newest: B+D clouds of the newest past sweep with nothing withheld, seen from newest_origin (B+D,3); movers: B+D clouds,
+    points of what moves at t = 0. future: B clouds of the true future sweep at index future_step (B,) of times_s, seen from future_origin
+    (B,3), or None; foretell: ask for its latents. clips: their ids."""
 
     clouds: Clouds
     present: Tensor
@@ -43,6 +46,9 @@ class Batch:
     hidden: Tensor
     intensity: Tensor
     colour: Tensor
+    newest: Clouds
+    newest_origin: Tensor
+    movers: Clouds
     future: Clouds | None
     future_step: Tensor
     future_origin: Tensor
@@ -52,10 +58,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """latents (B,T,C',H,W) of the encoder; states (B,K+1,C,H,W); model: mixtures of the first `stateful` rays, change (L,7,P): what the state added
-    there to the outputs of the prior part, prior: mixtures of all rays."""
+    """latents (B+D,T,C',H,W) of the encoder; start (B+D,C,H,W): the states at t = 0; states (B,K+1,C,H,W); model: mixtures of the first
+    `stateful` rays, change (L,7,P): what the state added there to the outputs of the prior part, prior: mixtures of all rays."""
 
     latents: Tensor
+    start: Tensor
     states: Tensor
     model: Mixture
     change: Tensor
@@ -74,16 +81,19 @@ class WorldModel(nn.Module):
         self.dynamics = Dynamics(model.channels, model.dynamics_width)
         self.rays = RayHead(model.past, model.past + MOVED_COPIES, model.head_bins, model.head_width, model.channels, model.head_latent_width)
         self.occupancy = nn.Conv2d(model.channels, OCCUPANCY_SLICES, 1)
+        self.moving = nn.Sequential(nn.Conv2d(latent, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, 1, 1))
+        nn.init.constant_(self.moving[2].bias, RARE)  # type: ignore[arg-type]
         self.future_latent = nn.Sequential(nn.Conv2d(model.channels, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, latent, 1))
 
     def forward(self, batch: Batch) -> Output:
         latents = self.encode(batch.clouds, batch.present.shape[1])
-        states = self.dynamics.roll_out(self.fusion(latents, batch.present), batch.times_s)
+        start = self.fusion(latents, batch.present)
+        states = self.dynamics.roll_out(start[: len(batch.times_s)], batch.times_s)
         prior = self.rays.prior(batch.rays)
         alone = self.rays.mixture(prior.position, prior.raw, prior.candidate)
         read = prior.first(batch.stateful)
         change = self.change(states, batch.rays.take(slice(0, batch.stateful)), read)
-        return Output(latents, states, self.changed(read, change), change, alone)
+        return Output(latents, start, states, self.changed(read, change), change, alone)
 
     def encode(self, clouds: Clouds, sweeps: int) -> Tensor:
         """Latents (B,T,C',H,W) of B*T clouds."""

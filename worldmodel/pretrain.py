@@ -26,7 +26,7 @@ from sensors.errors import Interrupted, UsageError, WmError, one_line
 from sensors.files import write_json
 from sensors.records import Clip
 from worldmodel import checkpoint, health, validation
-from worldmodel.batches import Prepared, collate, prepare, rng_of, visit
+from worldmodel.batches import Prepared, Role, collate, prepare, rng_of, visit
 from worldmodel.config import Config
 from worldmodel.evaluate import laplace_scales
 from worldmodel.model import Batch, WorldModel
@@ -95,7 +95,8 @@ class Source:
     def __init__(self, clips: Sequence[Clip], weights: Sequence[float], config: Config, *, rank: int = 0, world: int = 1) -> None:
         self.clips, self.weights, self.config = clips, np.asarray(weights, float), config
         self.rank, self.world = rank, world
-        self.per_step = config.train.clips + config.train.prior_clips
+        train = config.train
+        self.roles: tuple[Role, ...] = ("read",) * train.clips + ("dense",) * train.dense_clips + ("prior",) * train.prior_clips
         self.kept: dict[int, Prepared] = {}
         self.bytes = 0
         self.unreadable: dict[str, str] = {}
@@ -114,7 +115,7 @@ class Source:
         """Prepare clips, in the order of their first visit, until all are kept or memory is used up: beside the training this would take twice
         as long, since both want all cores. Each rank prepares what it will be asked first."""
         todo = list(dict.fromkeys(self.order(0)))[self.rank :: self.world]
-        most = self.config.train.steps * self.per_step
+        most = self.config.train.steps * len(self.roles)
         done = 0
 
         def one(index: int) -> None:
@@ -150,16 +151,15 @@ class Source:
     def batch(self, step: int) -> Batch:
         """The batch of a step on this rank. A clip that turns out unreadable is counted and the next one in the list takes its place."""
         visits = []
-        read = self.config.train.clips
-        for slot in range(self.per_step):
-            position = (step * self.world + self.rank) * self.per_step + slot
+        for slot, role in enumerate(self.roles):
+            position = (step * self.world + self.rank) * len(self.roles) + slot
             epoch, index = self.at(position)
             for attempt in range(len(self.clips)):
                 at = (index + attempt) % len(self.clips)
                 if self.clips[at].id in self.unreadable:
                     continue
                 try:
-                    visits.append(visit(self.prepared(at), self.config, epoch, position, with_state=slot < read))
+                    visits.append(visit(self.prepared(at), self.config, epoch, position, role=role))
                     break
                 except WmError as error:
                     self.unreadable[self.clips[at].id] = one_line(error)

@@ -21,7 +21,7 @@ from worldmodel.config import Config
 from worldmodel.drawing.bev import latent_image
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import Batch, WorldModel
-from worldmodel.objectives.future_latent import change_of, foretold
+from worldmodel.objectives.future_latent import change_of, foretold, future_and_newest
 
 MOST_CLIPS = 24
 RAYS = 160
@@ -90,7 +90,7 @@ class HeldOut:
             latents.append(output.latents[:, 0].float().cpu())
             if batch.future is not None:
                 with autocast:
-                    change, busy = change_of(model.encoder(batch.future).float())
+                    change, busy = change_of(model.encoder(future_and_newest(batch)).float())
                     told = foretold(model, batch, output)
                 errors += float(((told - change).square().mean(3) * busy).sum())
                 copies += float((change.square().mean(3) * busy).sum())

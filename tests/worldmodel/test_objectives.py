@@ -8,7 +8,7 @@ import torch
 from tests.worldmodel.conftest import tiny
 from worldmodel.encoders.contract import Clouds
 from worldmodel.model import OCCUPANCY_SLICES, WorldModel
-from worldmodel.objectives import occupancy, ray_forecast
+from worldmodel.objectives import moving, occupancy, ray_forecast
 from worldmodel.pretrain import Source, clips_of_parts
 
 
@@ -21,10 +21,12 @@ def batch_of(parts):
 def test_cells_are_those_that_small_steps_along_the_rays_visit(parts):
     model, batch = batch_of(parts)
     assert batch.future is not None
-    met, through = occupancy.seen(model, batch)
+    clouds = Clouds(torch.cat((batch.newest.points, batch.future.points)), batch.newest.sizes + batch.future.sizes)
+    origins = torch.cat((batch.newest_origin, batch.future_origin))
+    met, through = occupancy.seen(model, clouds, origins)
     encoder, cell = model.config.encoder, model.cell_m
     high = (encoder.high[2] - encoder.low[2]) / OCCUPANCY_SLICES
-    for index, points in enumerate(batch.future.points[:, :3].double().split(batch.future.sizes)):
+    for index, points in enumerate(clouds.points[:, :3].double().split(clouds.sizes)):
         size = torch.tensor([cell, cell, high], dtype=torch.float64)
         shape = torch.tensor([met.shape[3], met.shape[2], met.shape[1]])
 
@@ -37,7 +39,7 @@ def test_cells_are_those_that_small_steps_along_the_rays_visit(parts):
         truth[ends[:, 2], ends[:, 1], ends[:, 0]] = True
         assert (truth != met[index]).float().mean() < 1e-4  # a point on an edge, in single precision
         few = points[:: max(1, len(points) // 300)]
-        origin = batch.future_origin[index].double()
+        origin = origins[index].double()
         shares = torch.linspace(0, 1, 4000, dtype=torch.float64)[:, None, None]
         walked = cells((origin + shares * (few - origin)).reshape(-1, 3))
         assert (met[index] | through[index])[walked[:, 2], walked[:, 1], walked[:, 0]].float().mean() > 0.999
@@ -47,7 +49,8 @@ def test_cells_are_those_that_small_steps_along_the_rays_visit(parts):
 
 def test_a_state_that_tells_the_cells_has_no_loss_and_no_gradient_comes_from_unseen_ones(parts):
     model, batch = batch_of(parts)
-    met, through = occupancy.seen(model, batch)
+    asked = [occupancy.seen(model, *where) for where in ((batch.newest, batch.newest_origin), (batch.future, batch.future_origin))]
+    met, through = (torch.cat(both) for both in zip(*asked, strict=True))
 
     class Told(torch.nn.Module):
         def forward(self, states):
@@ -69,12 +72,40 @@ def model_output(model, batch):
         return model(batch)
 
 
-def test_clips_without_a_future_ask_nothing(parts):
+def test_clips_without_a_future_are_asked_about_the_present_and_no_cloud_asks_nothing(parts):
     model, batch = batch_of(parts)
+    output = model_output(model, batch)
     none = dataclasses.replace(batch, future=None)
-    assert occupancy.loss(model, none, model_output(model, batch)) is None
-    empty = dataclasses.replace(batch, future=Clouds(batch.future.points[:0], (0,) * len(batch.future.sizes)))
-    assert float(occupancy.loss(model, empty, model_output(model, batch)).detach()) == 0.0
+    assert 0 < float(occupancy.loss(model, none, output).detach()) != float(occupancy.loss(model, batch, output).detach())
+    empty = dataclasses.replace(none, newest=Clouds(batch.newest.points[:0], (0,) * len(batch.newest.sizes)))
+    assert float(occupancy.loss(model, empty, output).detach()) == 0.0
+
+
+def test_moving_asks_for_the_cells_of_what_was_found_to_move_and_for_no_others(parts):
+    model, batch = batch_of(parts)
+    train, encoder = model.config.train, model.config.encoder
+    assert len(batch.movers.sizes) == train.clips + train.dense_clips
+    points = torch.zeros(4, len(encoder.features))
+    points[:, :3] = torch.tensor([(encoder.low[0] + 0.1, encoder.low[1] + 0.1, 0.0), (0.1, 2.1 * model.cell_m, 0.0), (0.2, 2.2 * model.cell_m, 1.0),
+                                  (encoder.high[0] + 0.1, 0.0, 0.0)])  # fmt: skip
+    batch = dataclasses.replace(batch, movers=Clouds(points, (1, 3) + (0,) * (len(batch.movers.sizes) - 2)))
+    output = model_output(model, batch)
+    shape = output.latents[:, 0, 0].shape
+    found = moving.cells(model, batch, shape)
+    middle = shape[2] // 2
+    assert found.nonzero().tolist() == [[0, 0, 0], [1, shape[1] // 2 + 2, middle]]
+
+    class Told(torch.nn.Module):
+        def forward(self, latents):
+            return logits
+
+    model.moving = Told()
+    logits = torch.where(found, 30.0, -30.0)[:, None].requires_grad_()
+    assert float(moving.loss(model, batch, output).detach()) < 1e-6
+    logits = torch.zeros_like(logits, requires_grad=True)
+    moving.loss(model, batch, output).backward()
+    per_cell = 0.5 / found.numel()
+    assert torch.allclose(logits.grad[:, 0], torch.where(found, -moving.POSITIVE_WEIGHT * per_cell, per_cell))
 
 
 def test_what_the_state_adds_to_told_readings_has_a_price_and_elsewhere_none(parts):

@@ -9,8 +9,9 @@ from worldmodel.export.mmdet3d import renamed
 from worldmodel.handover.mmdet3d_modules import BASES
 from worldmodel.tools.cli import main
 
-LITTLE = ("model.latent_sweeps=[0]", "train.clips=1", "train.prior_clips=1", "train.rays=16", "train.prior_rays=16", "train.stored_rays=64",
-          "train.instants=1", "train.validation=0", "train.autocast=off", "train.channels_last=off", "train.threads=2")  # fmt: skip
+LITTLE = ("model.latent_sweeps=[0]", "train.clips=1", "train.dense_clips=0", "train.prior_clips=1", "train.rays=16", "train.prior_rays=16",
+          "train.stored_rays=64", "train.instants=1", "train.validation=0", "train.autocast=off", "train.channels_last=off",
+          "train.threads=2")  # fmt: skip
 
 
 @pytest.mark.slow

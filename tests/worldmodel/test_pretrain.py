@@ -29,7 +29,8 @@ def test_a_run_holds_what_it_promises(run):
     assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= {p.name for p in run.iterdir()}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))
-    assert {"train/ray_forecast", "train/masked_rays", "train/occupancy", "train/future_latent", "data/wait_share"} <= set().union(*lines)
+    asked = {f"train/{name}" for name in ("ray_forecast", "masked_rays", "occupancy", "moving", "future_latent")}
+    assert asked | {"data/wait_share"} <= set().union(*lines)
     assert lines[-1]["val/ray_forecast"] == pytest.approx(0.5 * (lines[-1]["val/nll_model"] + lines[-1]["val/nll_model@no_evidence"]))
     environment = json.loads((run / "environment.json").read_text())
     assert environment["licence"] and len(environment["logs"]) == 5

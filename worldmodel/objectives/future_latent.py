@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldmodel.encoders.contract import Clouds
 from worldmodel.model import Batch, Output, WorldModel
 
 
@@ -15,9 +16,16 @@ def loss(model: WorldModel, batch: Batch, output: Output) -> Tensor | None:
     if batch.future is None or not batch.foretell:
         return None
     with torch.no_grad():
-        change, busy = change_of(model.encode_target(batch.future))
+        change, busy = change_of(model.encode_target(future_and_newest(batch)))
     error = F.smooth_l1_loss(foretold(model, batch, output), change, reduction="none").mean(3)
     return (error * busy).sum() / busy.sum().clamp(min=1)
+
+
+def future_and_newest(batch: Batch) -> Clouds:
+    """B future clouds, then the newest past ones of the same clips."""
+    assert batch.future is not None
+    sizes = batch.newest.sizes[: len(batch.future.sizes)]
+    return Clouds(torch.cat((batch.future.points, batch.newest.points[: sum(sizes)])), batch.future.sizes + sizes)
 
 
 def foretold(model: WorldModel, batch: Batch, output: Output) -> Tensor:
