@@ -86,7 +86,7 @@ def tasks() -> list[str]:
 
 
 def examples(parts: Sequence[Part], task: ModuleType, config: Config, every_s: float, report: Callable[[int, int], None] | None = None) -> list[Any]:
-    """The labelled frames of the data, log by log; report(parts read, parts). WmError where no log has labels."""
+    """The labelled frames of the data, log by log; report(parts read, parts). WmError where there are none."""
     found = []
     model = config.model
     for number, part in enumerate(parts):
@@ -274,13 +274,14 @@ def finetune(
     todo = [(f, s, a) for f in sorted(fractions) for s in seeds for a in arms]
     say = report or (lambda done, total, text: None)
     reading = lambda done, total: say(0, len(todo), f"logs read: {done} of {total}")  # noqa: E731
-    train_frames = examples(train_parts, task, start.config, plan.every_s, reading)
-    test_frames = examples(test_parts, task, start.config, plan.every_s, reading)
-    names = sorted({frame.log for frame in train_frames})
-    if overlap := {frame.log for frame in test_frames} & set(names) if test_parts is not train_parts else set():
-        raise UsageError(f"log {one_line(sorted(overlap)[0])} is in the training and in the test data; take it out of one")
+    names = sorted({part.log.id for part in train_parts if part.log.open_labels() is not None})
     held_logs = set(rng_of("held").permutation(names)[: max(1, round(plan.validation * len(names)))].tolist()) if len(names) > 2 else set(names)
     pool = [name for name in names if name not in held_logs] or names
+    wanted = held_logs | set(drawn(pool, max(fractions)))
+    train_frames = examples([part for part in train_parts if part.log.id in wanted], task, start.config, plan.every_s, reading)
+    test_frames = examples(test_parts, task, start.config, plan.every_s, reading)
+    if overlap := {frame.log for frame in test_frames} & set(names) if test_parts is not train_parts else set():
+        raise UsageError(f"log {one_line(sorted(overlap)[0])} is in the training and in the test data; take it out of one")
     held = [frame for frame in train_frames if frame.log in held_logs]
     held = [held[i] for i in np.unique(np.linspace(0, len(held) - 1, min(plan.held_frames, len(held))).astype(int))]
     results: list[Result] = []
@@ -292,6 +293,8 @@ def finetune(
         what = f"{arm} {fraction:.0%} seed {seed}"
         chosen = set(drawn(pool, fraction))
         frames = [frame for frame in train_frames if frame.log in chosen]
+        if not frames or not held:
+            raise WmError(f"{'the logs drawn' if held else 'the logs held out'} have no labelled frame that can be used; give more logs")
         began = time.monotonic()
         trial = Trial(start, arm, seed, task, plan)
         steps, curve = trial.train(frames, held, partial(heard, number, what))
