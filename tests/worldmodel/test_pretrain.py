@@ -14,9 +14,10 @@ import torch
 
 from sensors.clips import clips_of
 from sensors.errors import UsageError, WmError
+from sensors.geometry import points_in, transform_points
 from tests.worldmodel.conftest import tiny, train
 from worldmodel import checkpoint, health, pretrain, rundir
-from worldmodel.batches import collate, prepare, visit
+from worldmodel.batches import collate, prepare, state_from_ego, visit
 from worldmodel.model import WorldModel
 
 
@@ -270,3 +271,35 @@ def test_a_foreign_encoder_trains_and_keeps_its_names(parts, tmp_path, monkeypat
     run = train(parts, tmp_path / "run", config)
     names = {n for n in checkpoint.load(run, "latest").weights if n.startswith("encoder.")}
     assert names == {"encoder.mix.weight", "encoder.mix.bias"}
+
+
+def test_dense_clips_are_encoded_with_squares_hidden_and_carry_no_rays(parts):
+    config = tiny("train.rotate=false", "train.flip=false", "train.scale=0.0", "train.point_drop=0.0")
+    prepared = prepare(clips_of(parts[0].log)[0], config)
+    dense = visit(prepared, config, 0, 0, role="dense")
+    assert not len(dense.stateful) and not len(dense.prior) and not len(dense.future)
+    assert np.array_equal(dense.newest, prepared.past[0])
+    kept = {tuple(row) for row in np.concatenate(dense.past)[:, :3]}
+    hidden = np.array([tuple(row) not in kept for row in dense.newest[:, :3]])
+    assert 0.1 < hidden.mean() < 0.6
+    batch = pretrain.Source(*pretrain.clips_of_parts(parts, config), config).batch(0)
+    asked, sweeps = config.train, len(config.model.latent_sweeps)
+    encoded = asked.clips + asked.dense_clips
+    assert len(batch.clouds.sizes) == encoded * (1 if config.model.join_sweeps else sweeps) and len(batch.newest.sizes) == encoded
+    assert len(batch.times_s) == asked.clips == len(batch.future.sizes) and len(batch.clips) == encoded + asked.prior_clips
+    assert set(batch.rays.of[: batch.stateful].tolist()) == set(range(asked.clips))
+    assert set(batch.rays.of[batch.stateful :].tolist()) == set(range(len(batch.clips))) - set(range(asked.clips, encoded))
+
+
+def test_movers_lie_where_the_labels_have_moving_things(parts):
+    config = tiny()
+    inside = total = 0
+    for part in parts:
+        labels = part.log.open_labels()
+        for clip in clips_of(part.log)[:2]:
+            found = prepare(clip, config).movers[:, :3]
+            places = transform_points(np.linalg.inv(state_from_ego(clip, config.encoder)), found)
+            moving = [box for box in labels.boxes if box.stamp_ns == clip.stamp_ns and np.linalg.norm(box.velocity) > 0.5]
+            hit = np.array([points_in(box, places, 0.4) for box in moving]).reshape(len(moving), -1).any(0)
+            inside, total = inside + int(hit.sum()), total + len(found)
+    assert total > 100 and inside > 0.7 * total
