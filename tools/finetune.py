@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="the nuScenes folder that the test logs come from: results are written for its samples, and scored by nuScenes' development kit",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", default=None, help="write every result with its curve, as JSON")
+    parser.add_argument("-o", "--output", metavar="FILE", default=None, help="write every result with its curve, as JSON, after every trial")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -69,11 +69,17 @@ def run(args: argparse.Namespace) -> int:
     if args.steps is not None:
         plan = dataclasses.replace(plan, most_steps=args.steps, every=max(1, min(40, args.steps // 4)))
     finished, scores = _results(args, test, plan.every_s)
+    done: list[Any] = []
+
+    def kept(trial: Any, result: Any) -> None:
+        finished(trial, result)
+        done.append(result)
+        if args.output:  # after every trial: hours of work outlive what stops the next one
+            write_json(Path(args.output), {"rows": finetune.summary(done), "results": finetune.as_json(done), "devkit": scores})
+
     results = finetune.finetune(Path(args.source), train, test, task_name=args.task, arms=args.arms or finetune.ARMS, seeds=range(args.seeds),
-                                fractions=args.fractions, plan=plan, report=reporter("trial"), finished=finished)  # fmt: skip
+                                fractions=args.fractions, plan=plan, report=reporter("trial"), finished=kept)  # fmt: skip
     rows = finetune.summary(results)
-    if args.output:
-        write_json(Path(args.output), {"rows": rows, "results": finetune.as_json(results), "devkit": scores})
     if args.json:
         print_json("finetune", task=args.task, run=args.source, rows=rows, devkit=scores)
     else:
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _results(args: argparse.Namespace, test: list[Any], every_s: float) -> tuple[Any, list[dict[str, Any]]]:
-    """What is done with each finished trial (None: nothing), and the list that the devkit's scores will stand in."""
+    """What is done with each finished trial, and the list that the devkit's scores will stand in."""
     from pathlib import Path
 
     from sensors.adapters.nuscenes import keyframes, tables_of
@@ -94,7 +100,7 @@ def _results(args: argparse.Namespace, test: list[Any], every_s: float) -> tuple
     if args.results is None:
         if args.tables is not None:
             raise UsageError("--tables: what is scored are the files of --results; give that too")
-        return None, scores
+        return lambda trial, result: None, scores
     folder = Path(args.results)
     tables, devkit = {}, None
     if args.tables is not None:

@@ -195,6 +195,6 @@ def probe_table(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def curves(run: Path) -> list[Any]:
-    train = {name: rundir.curve(run, f"train/{name}") for name in ("ray_forecast", "masked_rays", "occupancy", "future_latent")}
+    train = {name: rundir.curve(run, f"train/{name}") for name in ("ray_forecast", "masked_rays", "occupancy", "moving", "future_latent")}
     held = {arm: rundir.curve(run, f"val/l1_{arm}") for arm in (MODEL, EVIDENCE_ONLY, NO_EVIDENCE)}
     return [line_chart(train, "step", "loss"), line_chart(held, "step", "held-out L1 (m)")]

@@ -378,3 +378,19 @@ def test_results_want_boxes_and_tables_of_the_test_logs(handed, store, tables, t
     part.write_text(f"- {{store: {tables / 'store'}, to_frame: 4}}\n")
     assert main([*words, "--task", "detection", "--test", str(part), "--results", str(tmp_path / "a"), "--tables", str(tables / "set")]) == 2
     assert "scored whole" in capsys.readouterr().err
+
+
+def test_finished_trials_are_on_disk_before_the_next_one_ends(handed, store, tmp_path, monkeypatch, capsys):
+    train = finetune.Trial.train
+
+    def once(trial, *args):
+        if trial.frozen:
+            raise WmError("stopped")
+        return train(trial, *args)
+
+    monkeypatch.setattr(finetune.Trial, "train", once)
+    words = ["finetune", "--from", str(handed), "--data", str(store), "--seeds", "1", "--steps", "2", "--threads", "1", "--arms"]
+    assert main([*words, "pretrained", "pretrained_frozen", "-o", str(tmp_path / "found.json")]) == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["arm"] for row in found["rows"]] == [row["arm"] for row in found["results"]] == ["pretrained"]
+    assert len(found["results"][0]["curve"]) >= 1 and "stopped" in capsys.readouterr().err
