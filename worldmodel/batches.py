@@ -291,7 +291,7 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
         newest, movers, future, origins = (_turned(points, turn) for points in (newest, movers, future, origins))
         past = [_turned(points[rng.random(len(points)) >= train.point_drop * rng.random()], turn) for points in past]
         tables = [_turned_rays(table, turn) for table in tables]
-        if config.model.join_sweeps and rng.random() < (train.newest_share if role == "read" else DENSE_NEWEST_SHARE):
+        if config.model.join_sweeps and rng.random() < (DENSE_NEWEST_SHARE if role == "dense" else train.newest_share):
             past = past[:1]
         if role == "dense":
             past = _masked(rng, past)
