@@ -1,11 +1,11 @@
 """What a command is given as ``--data``: a store, or a YAML file that lists parts of stores.
 
     - {store: ../kitti, log: kitti_raw/2011_09_26_drive_0005_sync, from_frame: 0, to_frame: 100}
-    - {store: ../nuscenes, weight: 0.5}
+    - {store: ../nuscenes, weight: 0.5, every_s: 1.0}
 
 `store` is relative to the YAML file; without `log` every log of the store is meant. A range is from_ns <= stamp < to_ns; from_frame and
 to_frame are the same counted in sweeps of the reference LiDAR as stored (frame 100 is not part of the first entry). Nothing of a clip
-leaves its range.
+leaves its range. weight: how often its clips are drawn in training; every_s: how far apart they are cut there, instead of `train.every_s`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from sensors.errors import UsageError, one_line
 from sensors.records import Log
 from sensors.store.reader import Store, open_store
 
-KEYS = ("store", "log", "from_ns", "to_ns", "from_frame", "to_frame", "weight")
+KEYS = ("store", "log", "from_ns", "to_ns", "from_frame", "to_frame", "weight", "every_s")
 YAML_BYTES = 4 << 20
 MAX_ENTRIES = 100_000
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A stretch of a log: from_ns <= stamp < to_ns (None: open), how much its clips count, and the digest of the stored log's manifest."""
+    """A stretch of a log: from_ns <= stamp < to_ns (None: open), how much its clips count in training, the digest of the stored log's manifest,
+    and how far apart clips are cut in training (None: as everywhere)."""
 
     log: Log
     from_ns: int | None = None
     to_ns: int | None = None
     weight: float = 1.0
     digest: str | None = None
+    every_s: float | None = None
 
 
 def open_data(path: Path | str) -> list[Part]:
@@ -112,9 +114,10 @@ def _check(entry: Any, what: str) -> None:
     for end in ("from", "to"):
         if entry.get(f"{end}_ns") is not None and entry.get(f"{end}_frame") is not None:
             raise UsageError(f"{what}: both {end}_ns and {end}_frame; give one of them")
-    weight = entry.get("weight", 1.0)
-    if type(weight) not in (int, float) or not math.isfinite(weight) or not 0 < weight <= 1e6:
-        raise UsageError(f"{what}: weight is {one_line(repr(weight), 60)}, not a number above 0")
+    for key in ("weight", "every_s"):
+        value = entry.get(key, 1.0)
+        if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value <= 1e6:
+            raise UsageError(f"{what}: {key} is {one_line(repr(value), 60)}, not a number above 0")
 
 
 def _digest(store: Store, log_id: str) -> str:
@@ -130,7 +133,8 @@ def _part(log: Log, entry: dict[str, Any], what: str, digest: str) -> Part:
         to_ns = _stamp_of_frame(log, entry["to_frame"], what)
     if from_ns is not None and to_ns is not None and from_ns >= to_ns:
         raise UsageError(f"{what}: the range {from_ns}..{to_ns} ns is empty; from comes before to")
-    return Part(log, from_ns, to_ns, float(entry.get("weight", 1.0)), digest)
+    every_s = float(entry["every_s"]) if "every_s" in entry else None
+    return Part(log, from_ns, to_ns, float(entry.get("weight", 1.0)), digest, every_s)
 
 
 def _stamp_of_frame(log: Log, frame: int, what: str) -> int:

@@ -33,10 +33,11 @@ def test_a_store_is_all_of_its_logs(folder):
 
 def test_entries_name_logs_ranges_and_weights(folder):
     first, second, third = parts(
-        folder, f"- {{store: s, log: {LOG}, from_frame: 1, to_frame: 3}}\n- {{store: s, weight: 0.5}}\n- {{store: s, to_frame: 4}}\n"
+        folder, f"- {{store: s, log: {LOG}, from_frame: 1, to_frame: 3}}\n- {{store: s, weight: 0.5, every_s: 0.2}}\n- {{store: s, to_frame: 4}}\n"
     )
     stamps = first.log.sweep_stamps_ns["velodyne"]
-    assert (first.from_ns, first.to_ns) == (stamps[1], stamps[3]) and second.weight == 0.5 and second.from_ns is None
+    assert (first.from_ns, first.to_ns) == (stamps[1], stamps[3]) and second.from_ns is None
+    assert (second.weight, second.every_s) == (0.5, 0.2) and (first.weight, first.every_s) == (1.0, None)
     assert third.to_ns == stamps[3] + 1
     (part,) = parts(folder, f"- {{store: s, from_ns: {stamps[0]}, to_ns: {stamps[2]}}}")
     assert (part.from_ns, part.to_ns) == (stamps[0], stamps[2])
@@ -55,6 +56,7 @@ def test_no_frame_of_a_clip_leaves_the_range(folder):
     ("- {store: s, from_ns: -1}", "from_ns"), ("- {store: s, from_frame: 1, from_ns: 1}", "both"), ("- {store: s, log: 7}", "quote it"),
     ("- {store: s, from_frame: 3, to_frame: 3}", "empty"), ("- {store: s, to_frame: 9}", "beyond the 4 sweeps"),
     ("- {store: s, weight: .nan}", "weight is nan"), ("- {store: s, weight: 0}", "weight is 0"), ("- {store: s, weight: true}", "weight is True"),
+    ("- {store: s, every_s: 0}", "every_s is 0"),
     ("- {store: s, log: a/b}", "not in"), ("- {store: absent}", "not a store"), ("- &a {store: s}\n- *a", "alias"), ("- &a [*a]", "alias"),
     ("- {store: s, store: s}", "twice"), ("- {<<: {store: s}}", "merge"), ("- !!python/object/apply:os.system [x]", "not YAML"),
     ("[" * 3000, "not YAML"), ("- {store: s}\n---\n- {store: s}", "not YAML"), ("- \t{", "not YAML"), ("- !!int ''", "not YAML"),

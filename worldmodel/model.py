@@ -116,10 +116,10 @@ class WorldModel(nn.Module):
         return self.changed(prior, self.change(states, rays, prior))
 
     def change(self, states: Tensor, rays: RayInput, prior: Prior) -> Tensor:
-        """What the states add (L,7,P), see `RayHead.correction`; nothing to readings that are not there."""
+        """What the states add (L,7,P), see `RayHead.correction`: nothing to readings that are not there, and to ranges as much as `RayHead.say`."""
         change = self.rays.correction(rays, self.sample(states, rays, prior.position), prior)
         absent = prior.raw[:, :1] <= -29.0
-        return torch.cat((change[:, :3].masked_fill(absent, 0.0), change[:, 3:]), 1)
+        return torch.cat((change[:, :3].masked_fill(absent, 0.0) * self.rays.say(prior)[:, None, None], change[:, 3:]), 1)
 
     def changed(self, prior: Prior, change: Tensor) -> Mixture:
         return self.rays.mixture(prior.position, prior.raw.detach() + change[:, :3], prior.candidate, change[:, 3:])

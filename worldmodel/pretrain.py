@@ -56,7 +56,7 @@ def clips_of_parts(parts: Sequence[Part], config: Config) -> tuple[list[Clip], l
     weights: list[float] = []
     m = config.model
     for part in parts:
-        found = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, every_s=config.train.every_s,
+        found = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, every_s=part.every_s or config.train.every_s,
                          from_ns=part.from_ns, to_ns=part.to_ns)  # fmt: skip
         clips += found
         weights += [part.weight] * len(found)

@@ -81,8 +81,7 @@ class Trained:
                 rows = np.arange(first, min(first + CHUNK, len(table)))
                 whole = ray_input(table.take(rows), np.zeros(len(rows), np.int64), self.device)
                 for arm, mixture in self._answers(states, whole, arms).items():
-                    temperature, factor = calibration.at(self.calibration, arm, asked.horizon_s)
-                    parts[arm].append(calibration.sharpened(mixture, temperature, factor))
+                    parts[arm].append(calibration.widened(mixture, calibration.at(self.calibration, arm, asked.horizon_s)))
             for arm in arms:
                 out[arm].append(_joined(parts[arm]))
         return out

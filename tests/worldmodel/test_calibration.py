@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sensors.clips import clips_of
+from sensors.errors import WmError
 from sensors.rays import history_of
 from tests.worldmodel.conftest import tiny
 from worldmodel import calibration
@@ -20,18 +21,24 @@ def test_scales_that_are_too_small_are_widened():
     step = torch.randint(0, 2, (count,), generator=generator)
     rows = calibration.fit(told, truth, step * 0.5, step)
     assert [row[0] for row in rows] == [0.0, 0.5]
-    assert all(1.6 < row[2] < 2.5 for row in rows)
+    assert all(1.6 < row[1] < 2.5 for row in rows)
     table = {"model": rows}
-    assert calibration.at(table, "model", 0.25)[1] == pytest.approx((rows[0][2] * rows[1][2]) ** 0.5)
-    assert calibration.at(table, "other", 0.2) == calibration.at(None, "model", 0.2) == (1.0, 1.0)
+    assert calibration.at(table, "model", 0.25) == pytest.approx((rows[0][1] * rows[1][1]) ** 0.5)
+    assert calibration.at(table, "other", 0.2) == calibration.at(None, "model", 0.2) == 1.0
 
 
-def test_a_temperature_keeps_masses_a_distribution():
+def test_wider_scales_leave_masses_as_shares_of_a_return():
     log_mass = torch.log_softmax(torch.randn(50, 7, generator=torch.Generator().manual_seed(1)), 1)
-    told = Mixture(torch.rand(50, 7), torch.ones(50, 7), log_mass, torch.zeros(50), None, None)
-    flat = calibration.sharpened(told, 0.5, 2.0)
-    assert torch.allclose(flat.log_mass.exp().sum(1), torch.ones(50), atol=1e-5)
-    assert (flat.log_mass.max(1).values <= log_mass.max(1).values + 1e-6).all() and torch.equal(flat.scale, 2 * told.scale)
+    told = Mixture(torch.rand(50, 7), torch.ones(50, 7), log_mass - 0.7, torch.full((50,), -0.7), None, None)
+    wide = calibration.widened(told, 2.0)
+    torch.testing.assert_close(wide.log_mass, log_mass)
+    assert torch.equal(wide.scale, 2 * told.scale) and torch.equal(wide.centre, told.centre)
+
+
+def test_a_table_of_another_version_is_refused():
+    assert calibration.checked(None) is None and calibration.checked({"model": [[0.2, 1.1]]}) == {"model": [[0.2, 1.1]]}
+    with pytest.raises(WmError, match="another version"):
+        calibration.checked({"model": [[0.2, 0.9, 1.1]]})
 
 
 def test_pose_errors_are_small_rigid_and_a_function_of_the_clip(parts):

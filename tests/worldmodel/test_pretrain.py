@@ -291,6 +291,13 @@ def test_dense_clips_are_encoded_with_squares_hidden_and_carry_no_rays(parts):
     assert set(batch.rays.of[batch.stateful :].tolist()) == set(range(len(batch.clips))) - set(range(asked.clips, encoded))
 
 
+def test_a_part_may_have_its_clips_cut_closer(parts):
+    config = tiny()
+    apart = [clip.stamp_ns for clip in pretrain.clips_of_parts(parts[:1], config)[0]]
+    close = [clip.stamp_ns for clip in pretrain.clips_of_parts([dataclasses.replace(parts[0], every_s=0.2)], config)[0]]
+    assert len(close) > len(apart) and np.allclose(np.diff(close) / 1e9, 0.2, atol=0.02)
+
+
 def test_movers_lie_where_the_labels_have_moving_things(parts):
     config = tiny()
     inside = total = 0

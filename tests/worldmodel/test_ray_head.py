@@ -70,3 +70,18 @@ def test_withheld_readings_leave_no_trace(head):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     assert not first.candidate.any()
+
+
+def test_the_state_has_no_say_where_the_prior_believes_a_displaced_copy(head):
+    asked = rays()
+    prior = head.prior(asked)
+    displaced = prior.shift.abs() > 0.3
+    for logit, said in ((20.0, 0.0), (-20.0, 1.0)):
+        raw = prior.raw.clone()
+        raw[:, 0] = torch.where(displaced, logit, raw[:, 0])
+        raw[:, 0] = torch.where(~displaced & (logit > 0), -20.0, raw[:, 0])
+        torch.testing.assert_close(head.say(prior._replace(raw=raw)), torch.full((len(raw),), said), atol=1e-4, rtol=0)
+    still = dataclasses.replace(
+        asked, quadrants=asked.quadrants[:, :1].expand(-1, READINGS, -1), interpolated=asked.interpolated[:, :1].expand(-1, READINGS)
+    )
+    assert head.say(head.prior(still)).eq(1).all() and head.say(head.prior(rays(told=False))).eq(1).all()

@@ -8,7 +8,8 @@ That one F serves the loss, the median, the quantiles, CRPS and PIT.
 
 Two parts add up at every position. The *prior* part knows the ray alone: its evidence, or, without any, its elevation and horizon; on
 its own it is the `evidence_only` arm that every table shows. The *latent* part reads the state z_k where the position lies and corrects
-the prior's outputs; no gradient flows from it into the prior part, so that the arm stays what it is called.
+the prior's outputs; no gradient flows from it into the prior part, so that the arm stays what it is called. Where the prior believes a
+displaced copy, the state has no say (`RayHead.say`): it knows where things stood, and what it adds there only spoils what is known of a mover.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MIN_SCALE_M = 0.02
 ABSENT_LOGIT = -30.0
 NEAR_ENOUGH_RAD = float(np.deg2rad(3.0))  # a reading farther off in angle is no evidence about a ray
 RAY_CONTEXT = 16
+MOVED_M = 0.3  # a displaced copy's reading says something of its own from here on
+MOST_MOVED = 0.2  # of the prior's mass on such readings, from which on the state has no say
 
 
 def bin_centres(count: int) -> Tensor:
@@ -227,6 +230,13 @@ class RayHead(nn.Module):
         x = self.at_position(torch.cat((sampled, here), 2)) + ray[:, None] + self.kind_embedding(prior.kind)
         x = F.silu(self.latent_hidden(F.silu(x)))
         return self.latent_out(x).transpose(1, 2).float()
+
+    def say(self, prior: Prior) -> Tensor:
+        """(N,) 0..1: how much of the correction counts, falling with the mass that the prior gives to readings of displaced copies that lie
+        MOVED_M or more from the newest sweep's own."""
+        log_mass = self.mixture(prior.position, prior.raw.detach(), prior.candidate).log_mass
+        mass = (log_mass - torch.logsumexp(log_mass, 1, keepdim=True)).exp()
+        return (1 - (mass * (prior.shift.abs() > MOVED_M)).sum(1) / MOST_MOVED).clamp(min=0)
 
     def mixture(self, position: Tensor, raw: Tensor, candidate: Tensor, appearance: Tensor | None = None) -> Mixture:
         """The distribution of sorted positions (N,P) and raw outputs (N,3,P): fp32 throughout."""

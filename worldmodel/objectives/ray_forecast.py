@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from worldmodel.heads.rays import Mixture, RayInput
+from worldmodel.heads.rays import MOVED_M, Mixture, RayInput
 from worldmodel.model import Batch, Output, WorldModel
 
 CRPS_RAYS = 320
 CHANGE_PRICE = 0.02
 MOVING_WEIGHT = 5.0
-MOVED_M = 0.3
 
 
 def range_loss(mixture: Mixture, ranges: Tensor, weight: Tensor, crps_weight: float) -> Tensor:
