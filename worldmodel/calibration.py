@@ -22,7 +22,7 @@ Table = Mapping[str, Sequence[Sequence[float]]]  # arm -> rows of (horizon_s, fa
 def widened(mixture: Mixture, factor: Tensor | float) -> Mixture:
     """The mixture given a return, with its scales times the factor ((N,1) or a number)."""
     log_mass = mixture.log_mass - torch.logsumexp(mixture.log_mass, 1, keepdim=True)
-    return Mixture(mixture.centre, mixture.scale * factor, log_mass, mixture.log_left, mixture.intensity, mixture.colour)
+    return mixture._replace(scale=mixture.scale * factor, log_mass=log_mass)
 
 
 def fit(mixture: Mixture, ranges: Tensor, horizon_s: Tensor, step: Tensor) -> list[list[float]]:
