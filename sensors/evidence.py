@@ -1,8 +1,8 @@
 """Evidence: what the past sweeps say about a ray, as numbers a network can weigh.
 
 For each past sweep, newest first, and for the newest once more with its moving parts displaced to the asked instant: the nearest reading
-in each quadrant around the ray, the value interpolated between them, and the nearest reading of all; and for each sweep's nearest
-reading, whether the other sweeps saw through the place where it puts a surface.
+in each quadrant around the ray, the value interpolated between them, and the nearest reading of all; for each sweep's nearest reading,
+whether the other sweeps saw through the place where it puts a surface; and for places along the ray, whether the past saw through them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ Array = NDArray[Any]
 
 MOVED = 2  # displaced copies of the newest sweep: at constant velocity, and at constant acceleration
 SEEN_LIMIT_M = 20.0
+ALONG_M = np.geomspace(3.0, 54.0, 16).astype(np.float32)  # places along a ray where is asked whether the past saw through them
+ALONG_LIMIT_M = 2.0
+ALONG_EVERY = 2  # sweeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +33,8 @@ class Evidence:
     quadrants (R,S,4) f32 ranges, interpolated (R,S) f32, nearest (R,S) f32, all NaN where there is no reading; offsets (R,S,4,2) f32
     azimuth and elevation of the quadrant readings relative to the ray, rad; angle (R,S) f32 of the nearest reading, rad;
     seen (R,T,T) f32: the reading of sweep j towards the place of sweep k's nearest reading minus its distance, in metres, cut at
-    +-SEEN_LIMIT_M, NaN where j does not look there; the diagonal is NaN."""
+    +-SEEN_LIMIT_M, NaN where j does not look there; the diagonal is NaN; along (R,ceil(T/ALONG_EVERY),len(ALONG_M)) f32: the same for the places at
+    ALONG_M on the ray, asked of every ALONG_EVERY-th sweep, cut at +-ALONG_LIMIT_M."""
 
     quadrants: Array
     interpolated: Array
@@ -38,13 +42,14 @@ class Evidence:
     offsets: Array
     angle: Array
     seen: Array
+    along: Array
 
     def take(self, rows: Array) -> Evidence:
         """The evidence of some of the rays."""
         return Evidence(*(getattr(self, name)[rows] for name in FIELDS))
 
 
-FIELDS = ("quadrants", "interpolated", "nearest", "offsets", "angle", "seen")
+FIELDS = ("quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along")
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -79,11 +84,22 @@ def _seen_beyond(points, start, azimuth, elevation, radius, n_elevation, step_el
                         out[i] = min(max(radius[at] - distance, -limit), limit)
 
 
+def _beyond(history: History, sweep: int, places: Array, limit_m: float) -> Array:
+    """What a past sweep reads towards places (N,3) of the ego frame of t = 0, minus their distance (N,) f32, cut at +-limit_m; NaN: nothing."""
+    own = inverse(history.present_from_sensor[sweep])
+    view = view_from(history, sweep, own, "own")
+    start, _, azimuth, elevation, radius = view._cells[:5]
+    out = np.empty(len(places), np.float32)
+    towards = transform_points(own, places.astype(np.float32))
+    _seen_beyond(towards, start, azimuth, elevation, radius, view.n_elevation, view.elevation_step_rad, np.float32(limit_m), out)
+    return out
+
+
 def nothing(history: History, count: int) -> Evidence:
     """The evidence of `count` rays about which the past says nothing."""
     sweeps = len(history.points)
     readings = sweeps + MOVED
-    shapes = ((readings, 4), (readings,), (readings,), (readings, 4, 2), (readings,), (sweeps, sweeps))
+    shapes = ((readings, 4), (readings,), (readings,), (readings, 4, 2), (readings,), (sweeps, sweeps), (-(-sweeps // ALONG_EVERY), len(ALONG_M)))
     return Evidence(*(np.full((count, *shape), np.nan, np.float32) for shape in shapes))
 
 
@@ -122,6 +138,8 @@ def gather(history: History, rays: Rays) -> Evidence:
     interpolated, nearest, angle = (np.empty((count, readings), np.float32) for _ in range(3))
     seen = np.full((count, sweeps, sweeps), np.nan, np.float32)
     present = np.asarray(rays.present_from_sensor, np.float64)
+    along = np.empty((count, -(-sweeps // ALONG_EVERY), len(ALONG_M)), np.float32)
+    places = (rays.directions[:, None] * ALONG_M[:, None]).reshape(-1, 3) @ present[:3, :3].T + present[:3, 3]
 
     def read(slot: int, view: View, directions: Array, rows: Array | slice) -> None:
         q, daz, delev = view.quadrants(directions)
@@ -136,15 +154,10 @@ def gather(history: History, rays: Rays) -> Evidence:
         surface = np.nan_to_num(nearest[:, slot, None]) * rays.directions
         surface_present = (surface @ present[:3, :3].T + present[:3, 3]).astype(np.float32)
         for other in range(sweeps):
-            if other == slot:
-                continue
-            own = inverse(history.present_from_sensor[sweeps - 1 - other])
-            view = view_from(history, sweeps - 1 - other, own, "own")
-            start, _, azimuth, elevation, radius = view._cells[:5]
-            towards = transform_points(own, surface_present)
-            out = np.empty(count, np.float32)
-            _seen_beyond(towards, start, azimuth, elevation, radius, view.n_elevation, view.elevation_step_rad, np.float32(SEEN_LIMIT_M), out)
-            seen[:, slot, other] = np.where(np.isnan(nearest[:, slot]), np.nan, out)
+            if other != slot:
+                seen[:, slot, other] = np.where(np.isnan(nearest[:, slot]), np.nan, _beyond(history, sweeps - 1 - other, surface_present, SEEN_LIMIT_M))
+        if slot % ALONG_EVERY == 0:
+            along[:, slot // ALONG_EVERY] = _beyond(history, sweep, places, ALONG_LIMIT_M).reshape(count, -1)
     for hypothesis in range(MOVED):
         slot = sweeps + hypothesis
         for field in (quadrants, offsets, interpolated, nearest, angle):
@@ -152,4 +165,4 @@ def gather(history: History, rays: Rays) -> Evidence:
         scene = ahead(history, sensor_from_present, rays.horizon_s, hypothesis)
         if scene is not None:
             read(slot, scene, rays.directions, slice(None))
-    return Evidence(quadrants, interpolated, nearest, offsets, angle, seen)
+    return Evidence(quadrants, interpolated, nearest, offsets, angle, seen, along)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sensors.evidence import gather
+from sensors.evidence import ALONG_LIMIT_M, ALONG_M, gather
 from sensors.geometry import inverse, rotation_z, transform_points
 from sensors.kernels.directions import View
 from sensors.motion import _displacement, ahead, motion_of
@@ -157,6 +157,23 @@ def test_evidence_carries_the_displaced_scene_beside_the_sweeps():
     moved = error[:, 0] > 1.0
     assert moved.sum() > 20
     assert error[moved, len(past.points)].mean() < 0.5 * error[moved, 0].mean()
+
+
+def test_places_along_a_ray_are_seen_through_up_to_the_surface():
+    past, _ = history(drift=(2.0, 0.0))
+    azimuth = np.deg2rad(np.array((88.0, 92.0, -88.0, -91.0)))  # towards the walls along the road: 13.95 m and 9.95 m of free space
+    level = np.stack((np.cos(azimuth), np.sin(azimuth), np.full(4, 0.05)), 1)
+    level /= np.linalg.norm(level, axis=1, keepdims=True)
+    rays = Rays(0.4, past.present_from_sensor[-1], level.astype(np.float32), np.ones(4), np.zeros(4), np.arange(4))
+    along = gather(past, rays).along
+    assert along.shape == (4, 3, len(ALONG_M))
+    surface = np.array((15.75, 15.75, 11.75, 11.75)) / np.abs(level[:, 1])
+    free = surface[:, None, None] - ALONG_M
+    clear = np.abs(free) > 0.3  # a reading beside the place lies where the wall is, give or take its slant over a cell
+    there = ~np.isnan(along)
+    assert there.mean() > 0.9
+    assert (np.sign(along) == np.sign(free))[there & clear].all()
+    assert np.abs(along - free.clip(-ALONG_LIMIT_M, ALONG_LIMIT_M))[there].max() < 0.5
 
 
 def test_a_turning_world_frame_turns_the_answer_along():

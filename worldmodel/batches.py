@@ -96,7 +96,7 @@ def _near_enough(found: past_evidence.Evidence) -> dict[str, Array]:
     angle = np.where(far, np.nan, found.angle)
     half = np.float16
     return {"quadrants": found.quadrants, "interpolated": interpolated, "nearest": nearest, "offsets": found.offsets.astype(half),
-            "angle": angle.astype(half), "seen": found.seen.astype(half)}  # fmt: skip
+            "angle": angle.astype(half), "seen": found.seen.astype(half), "along": found.along.astype(half)}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,7 +356,7 @@ def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
     linear = turn.linear.astype(np.float32)
     c["origin"] = c["origin"] @ (linear.T * np.float32(turn.scale))
     c["direction"] = c["direction"] @ linear.T
-    for name in ("quadrants", "interpolated", "nearest", "range", "seen"):
+    for name in ("quadrants", "interpolated", "nearest", "range", "seen", "along"):
         c[name] = (c[name] * turn.scale).astype(c[name].dtype)
     if turn.mirror < 0:
         other_side = [1, 0, 3, 2]
@@ -379,14 +379,15 @@ def _withheld(rng: np.random.Generator, past: list[Array], present: Array, table
     if kind == "sector":
         centre, half = rng.uniform(-np.pi, np.pi), np.deg2rad(rng.uniform(15, 45))
 
-        def inside(xy: Array, margin: float) -> Array:
+        def inside(xy: Array, margin: float, margin_m: float = 0.0) -> Array:
+            margin = margin + margin_m / np.maximum(np.hypot(xy[..., 0], xy[..., 1]), 1.0)
             return np.abs((np.arctan2(xy[..., 1], xy[..., 0]) - centre + np.pi) % (2 * np.pi) - np.pi) <= half + margin
     else:
         distance, bearing, radius = rng.uniform(5, 30), rng.uniform(-np.pi, np.pi), rng.uniform(2.5, 7)
         middle = distance * np.array([np.cos(bearing), np.sin(bearing)])
 
-        def inside(xy: Array, margin: float) -> Array:
-            return np.hypot(xy[..., 0] - middle[0], xy[..., 1] - middle[1]) <= radius * (1 + margin * 5)
+        def inside(xy: Array, margin: float, margin_m: float = 0.0) -> Array:
+            return np.hypot(xy[..., 0] - middle[0], xy[..., 1] - middle[1]) <= radius * (1 + margin * 5) + margin_m
 
     past = [points[~inside(points[:, :2], 0.0)] for points in past]
     for table in tables:
@@ -401,6 +402,8 @@ def _withheld(rng: np.random.Generator, past: list[Array], present: Array, table
         c["quadrants"] = np.where(inside(place, BORDER_RAD), np.nan, c["quadrants"])
         gone = np.isnan(c["nearest"][:, : c["seen"].shape[1]])
         c["seen"] = np.where(gone[:, :, None], np.nan, c["seen"])
+        place = o + d * past_evidence.ALONG_M[:, None]
+        c["along"] = np.where(inside(place, BORDER_RAD, past_evidence.ALONG_LIMIT_M)[:, None], np.nan, c["along"]).astype(c["along"].dtype)
         c["offsets"] = np.where(np.isnan(c["quadrants"])[..., None], np.nan, c["offsets"]).astype(c["offsets"].dtype)
         c["angle"] = np.where(np.isnan(c["nearest"]), np.nan, c["angle"])
     return past, present, tables
@@ -418,6 +421,9 @@ def _forget(table: RayTable, rows: Array, sweep: int) -> None:
     c["seen"] = c["seen"].copy()
     c["seen"][rows, sweep] = np.nan
     c["seen"][rows, :, sweep] = np.nan
+    if sweep % past_evidence.ALONG_EVERY == 0:
+        c["along"] = c["along"].copy()
+        c["along"][rows, sweep // past_evidence.ALONG_EVERY] = np.nan
 
 
 def _drop_sweep(rng: np.random.Generator, table: RayTable, share: float, sweeps: int) -> None:

@@ -212,6 +212,7 @@ def test_no_label_is_opened_in_pretraining(parts, tmp_path):
 
 def test_what_is_withheld_is_in_no_input(parts):
     """A hidden region holds no point, and no reading of the evidence lies in it."""
+    from sensors.evidence import ALONG_LIMIT_M, ALONG_M
     from worldmodel.batches import RayTable, _withheld, rng_of
 
     config = tiny()
@@ -224,7 +225,7 @@ def test_what_is_withheld_is_in_no_input(parts):
         past, _, (after,) = _withheld(rng, list(prepared.past), np.ones(len(prepared.past), bool), [table])
         c = after.columns
         if kind == "sweep":
-            assert len(past[0]) == 0 and np.isnan(c["nearest"][:, 0]).all() and np.isnan(c["seen"][:, 0]).all()
+            assert len(past[0]) == 0 and all(np.isnan(c[name][:, 0]).all() for name in ("nearest", "seen", "along"))
             continue
         ends = (c["origin"] + c["direction"] * c["range"][:, None])[:, :2]
         lost = np.concatenate([b[~np.isin(b[:, :3].view("f4,f4,f4"), a[:, :3].copy().view("f4,f4,f4"))[:, 0]] for a, b in zip(past, prepared.past)])
@@ -235,6 +236,9 @@ def test_what_is_withheld_is_in_no_input(parts):
 
             reading = (c["origin"][:, None] + c["direction"][:, None] * np.nan_to_num(c["nearest"])[:, :, None])[..., :2]
             there = ~np.isnan(c["nearest"])
+            places = (c["origin"][:, None] + c["direction"][:, None] * ALONG_M[:, None])[..., :2]
+            beside = cKDTree(lost[:, :2]).query(places)[0] < 0.95 * ALONG_LIMIT_M  # what is asked there would tell of what was taken out
+            assert beside.any() and np.isnan(c["along"]).all(1)[beside].all()
             rows = np.flatnonzero(c["hidden"])[:300]
             kept = np.concatenate([p[:, :2] for p in past])
             if len(kept):

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from sensors.evidence import ALONG_M
+from worldmodel.heads.planes import plane_ranges
 from worldmodel.heads.rays import RayHead, RayInput
 
 SWEEPS, READINGS = 3, 5
@@ -19,7 +21,7 @@ def rays(count=6, *, told=True, with_evidence=True):
         horizon_s=torch.full((count,), 0.4), bearing=uniform(count, 3), with_evidence=torch.full((count,), with_evidence),
         told=torch.full((count,), told), quadrants=5 + 30 * uniform(count, READINGS, 4), interpolated=5 + 30 * uniform(count, READINGS),
         nearest=5 + 30 * uniform(count, READINGS), offsets=0.01 * uniform(count, READINGS, 4, 2), angle=0.01 * uniform(count, READINGS),
-        seen=uniform(count, SWEEPS, SWEEPS) - 0.5,
+        seen=uniform(count, SWEEPS, SWEEPS) - 0.5, along=uniform(count, 2, len(ALONG_M)) - 0.5,
     )  # fmt: skip
 
 
@@ -33,14 +35,16 @@ def test_readings_that_are_not_told_are_positions_and_nothing_else(head):
     untold = rays(told=False)
     prior = head.prior(untold)
     assert not prior.shift.any()
-    assert prior.candidate.sum(1).eq(5 * READINGS).all()
-    expected = torch.cat((torch.cat((untold.quadrants, untold.interpolated[:, :, None]), 2).flatten(1), head.bin_centre.expand(6, -1)), 1)
+    assert prior.candidate.sum(1).eq(5 * READINGS + SWEEPS).all()
+    planes, _ = plane_ranges(untold.quadrants[:, :SWEEPS], untold.offsets[:, :SWEEPS], untold.bearing[:, 0].cos(), untold.interpolated[:, :SWEEPS])
+    expected = torch.cat((torch.cat((untold.quadrants, untold.interpolated[:, :, None]), 2).flatten(1), planes, head.bin_centre.expand(6, -1)), 1)
     torch.testing.assert_close(prior.position, expected.sort(1).values)
     other = dataclasses.replace(
-        untold, quadrants=untold.quadrants.flip(0), nearest=untold.nearest * 2, offsets=untold.offsets * 3, angle=untold.angle * 2, seen=-untold.seen
+        untold, quadrants=untold.quadrants.flip(0), nearest=untold.nearest * 2, offsets=untold.offsets * 3, angle=untold.angle * 2, seen=-untold.seen,
+        along=-untold.along,
     )
     torch.testing.assert_close(head.prior(other).hidden, prior.hidden)
-    by_kind = lambda raw, kind: torch.stack([raw[:, 0][kind == k].mean() for k in range(READINGS + 1)])  # noqa: E731
+    by_kind = lambda raw, kind: torch.stack([raw[:, 0][kind == k].mean() for k in range(READINGS + 2)])  # noqa: E731
     found = head.prior(other)
     torch.testing.assert_close(by_kind(found.raw, found.kind), by_kind(prior.raw, prior.kind))
 
@@ -49,6 +53,7 @@ def test_told_readings_matter(head):
     asked = rays()
     hidden = head.prior(asked).hidden
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, seen=-asked.seen)).hidden)
+    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, along=-asked.along)).hidden)
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, told=~asked.told)).hidden)
 
 
@@ -61,7 +66,7 @@ def test_displaced_readings_are_told_by_how_far_they_lie_from_the_newest_sweeps_
         wanted = (own - newest).gather(1, own.argsort(1))
         mine = prior.kind == copy
         torch.testing.assert_close(prior.shift[mine].view(len(own), 5), wanted)
-    assert not prior.shift[prior.kind < SWEEPS].any() and not prior.shift[prior.kind == READINGS].any()
+    assert not prior.shift[prior.kind < SWEEPS].any() and not prior.shift[prior.kind >= READINGS].any()
 
 
 def test_withheld_readings_leave_no_trace(head):

@@ -1,10 +1,10 @@
 """The ray head: where along a ray will the return be.
 
 A ray is read at P positions sorted by range. With evidence they are the readings of the past (quadrants and interpolation of each sweep,
-and of the displaced copies of the newest) and geometric bins from 2 to 56.4 m for surfaces that nobody has seen; without evidence they are
-P finer bins. Between the two: the readings are positions, and the state alone has to say which of them holds. Each position gets a hazard h, a
-centre m and a scale s; p_i = h_i prod_{j<i} (1 - h_j), and F(r) = sum_i p_i Laplace CDF.
-That one F serves the loss, the median, the quantiles, CRPS and PIT.
+and of the displaced copies of the newest), planes through all sweeps' readings around each interpolation, and geometric bins from 2 to 56.4 m for
+surfaces that nobody has seen; without evidence they are P finer bins. Between the two: the readings are positions, and the state alone has to
+say which of them holds. Each position gets a hazard h, a centre m and a scale s; p_i = h_i prod_{j<i} (1 - h_j), and F(r) = sum_i p_i Laplace
+CDF. That one F serves the loss, the median, the quantiles, CRPS and PIT.
 
 Two parts add up at every position. The *prior* part knows the ray alone: its evidence, or, without any, its elevation and horizon; on
 its own it is the `evidence_only` arm that every table shows. The *latent* part reads the state z_k where the position lies and corrects
@@ -21,6 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sensors.evidence import ALONG_EVERY, ALONG_M
+from worldmodel.heads.planes import plane_ranges
 
 FIRST_BIN_M, LAST_BIN_M = 2.0, 56.4
 MEAN_FREE_PATH_M = 40.0
@@ -65,6 +68,7 @@ class RayInput:
     offsets: Tensor
     angle: Tensor
     seen: Tensor
+    along: Tensor
 
     def take(self, rows: Tensor | slice) -> RayInput:
         return RayInput(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
@@ -115,7 +119,7 @@ class Prior(NamedTuple):
 
 
 def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (N,E) of rays with evidence, their candidate ranges (N,S*5) and which of those exist (N,S*5) bool.
+    """Features (N,E) of rays with evidence, their candidate ranges (N,S*5+T) and which of those exist (N,S*5+T) bool.
 
     Ranges enter relative to a reference, the newest sweep's nearest reading, at three scales (metres, decimetres, centimetres)."""
     count = len(rays.nearest)
@@ -125,6 +129,10 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
     candidates = torch.cat((rays.quadrants, rays.interpolated[:, :, None]), 2)
     ranges = torch.cat((candidates, rays.nearest[:, :, None]), 2)
     there = ~ranges.isnan()
+    sweeps = rays.seen.shape[1]
+    planes, support = plane_ranges(rays.quadrants[:, :sweeps], rays.offsets[:, :sweeps], rays.bearing[:, 0].cos(), rays.interpolated[:, :sweeps])
+    flat = ~planes.isnan()
+    of_planes = torch.log(planes.nan_to_num(1.0).clamp(0.5, 200.0) / reference) * flat
     log = torch.log(ranges.nan_to_num(1.0).clamp(0.5, 200.0) / reference[:, :, None]) * there
     log = log.reshape(count, -1)
     offsets = rays.offsets.nan_to_num(0.0) * torch.tensor([1 / 0.0061, 1 / 0.0087], device=log.device)
@@ -132,20 +140,23 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
     seen = rays.seen.flatten(1)
     seen_there = ~seen.isnan()
     seen = seen.nan_to_num(0.0)
+    along = rays.along.flatten(1)
     point = rays.origin + rays.direction * reference
     told = rays.told[:, None]
     of_readings = torch.cat(
-        (2 * log, torch.tanh(25 * log), torch.tanh(200 * log), there.flatten(1), offsets.flatten(1), angle,
-         torch.tanh(seen * 2), torch.tanh(seen * 0.2), seen_there, torch.log(reference) - 2.5), 1
+        (2 * log, torch.tanh(25 * log), torch.tanh(200 * log), there.flatten(1), 2 * of_planes, torch.tanh(25 * of_planes),
+         torch.tanh(200 * of_planes), flat, support.nan_to_num(0.0), offsets.flatten(1), angle,
+         torch.tanh(seen * 2), torch.tanh(seen * 0.2), seen_there,
+         torch.tanh(along.nan_to_num(0.0)), ~along.isnan(), torch.log(reference) - 2.5), 1
     )  # fmt: skip
     features = torch.cat(
         (of_readings * told, rays.bearing, rays.horizon_s[:, None], point[:, 2:] * 0.5 * told, rays.origin[:, :2].norm(dim=1, keepdim=True) * 0.1), 1
     )
-    return features, candidates.flatten(1), there[:, :, :5].flatten(1)
+    return features, torch.cat((candidates.flatten(1), planes), 1), torch.cat((there[:, :, :5].flatten(1), flat), 1)
 
 
 def feature_count(readings: int, sweeps: int) -> int:
-    return readings * 6 * 4 + readings * 8 + readings + 3 * sweeps * sweeps + 7
+    return readings * 6 * 4 + readings * 8 + readings + 5 * sweeps + 3 * sweeps * sweeps + 2 * len(ALONG_M) * -(-sweeps // ALONG_EVERY) + 7
 
 
 class RayHead(nn.Module):
@@ -154,13 +165,13 @@ class RayHead(nn.Module):
     def __init__(self, sweeps: int, readings: int, bins: int = 24, width: int = 192, latent_channels: int = 48, latent_width: int = 48) -> None:
         super().__init__()
         self.sweeps, self.readings, self.bins = sweeps, readings, bins
-        self.positions = readings * 5 + bins
+        self.positions = readings * 5 + sweeps + bins
         self.width = width
         self.register_buffer("bin_centre", bin_centres(bins))
         self.register_buffer("fine_centre", bin_centres(self.positions))
         self.register_buffer("fine_logit", constant_density_logits(self.positions))
         candidate_kind = torch.arange(readings).repeat_interleave(5)
-        self.register_buffer("kind", torch.cat((candidate_kind, torch.full((bins,), readings))))
+        self.register_buffer("kind", torch.cat((candidate_kind, torch.full((sweeps,), readings), torch.full((bins,), readings + 1))))
         self.evidence = nn.Sequential(
             nn.Linear(feature_count(readings, sweeps), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
@@ -173,12 +184,12 @@ class RayHead(nn.Module):
         with torch.no_grad():
             logit = self.evidence_out.bias.view(3, self.positions)[0]
             logit[-bins:] = constant_density_logits(bins) - 1
-            logit[: 5 * readings] = -1.0
+            logit[:-bins] = -1.0
             logit[4 : 5 * readings : 5] = 0.5
             self.evidence_out.bias.view(3, self.positions)[2, -bins:] = 2.0
             self.blind_out.bias.view(3, self.positions)[0] = self.fine_logit
             self.blind_out.bias.view(3, self.positions)[2] = 1.0
-        self.kind_embedding = nn.Embedding(readings + 2, latent_width)
+        self.kind_embedding = nn.Embedding(readings + 3, latent_width)
         self.context = nn.Linear(width, RAY_CONTEXT)
         self.at_position = nn.Linear(latent_channels + 8, latent_width)
         self.of_ray = nn.Linear(RAY_CONTEXT + 7, latent_width, bias=False)
@@ -191,7 +202,7 @@ class RayHead(nn.Module):
         count = len(rays.origin)
         device = rays.origin.device
         position = self.fine_centre.expand(count, -1).clone()
-        kind = torch.full((count, self.positions), self.readings + 1, dtype=torch.long, device=device)
+        kind = torch.full((count, self.positions), self.readings + 2, dtype=torch.long, device=device)
         scalars = torch.cat((rays.bearing, rays.horizon_s[:, None], rays.origin[:, 2:] * 0.5, rays.direction[:, 2:]), 1)
         raw = self.blind_out(self.blind(scalars)).view(count, 3, self.positions).float()
         shift = torch.zeros(count, self.positions, device=device)
@@ -206,9 +217,9 @@ class RayHead(nn.Module):
             there = F.pad(there, (0, self.bins), value=True)
             logit = out[:, 0].masked_fill(~there, ABSENT_LOGIT)
             out = torch.stack((logit, out[:, 1], out[:, 2]), 1)
-            moved = candidates.unflatten(1, (self.readings, 5))
+            moved = candidates[:, : 5 * self.readings].unflatten(1, (self.readings, 5))
             moved = torch.cat((torch.zeros_like(moved[:, : self.sweeps]), moved[:, self.sweeps :] - moved[:, :1]), 1).nan_to_num(0.0)
-            moved = F.pad(moved.flatten(1) * told.told[:, None], (0, self.bins))
+            moved = F.pad(moved.flatten(1) * told.told[:, None], (0, self.sweeps + self.bins))
             place, order = place.sort(dim=1, stable=True)
             out = out.gather(2, order[:, None].expand(-1, 3, -1))
             position = position.index_copy(0, rows, place)
@@ -216,7 +227,7 @@ class RayHead(nn.Module):
             kind = kind.index_copy(0, rows, self.kind[order])
             shift = shift.index_copy(0, rows, moved.gather(1, order))
             hidden = hidden.index_copy(0, rows, of_evidence.float())
-        return Prior(position, raw, kind, kind < self.readings, shift, hidden)
+        return Prior(position, raw, kind, kind <= self.readings, shift, hidden)
 
     def correction(self, rays: RayInput, sampled: Tensor, prior: Prior) -> Tensor:
         """What the state adds (N,7,P): hazard logit, offset, scale, intensity, colour. sampled (N,P,C): the state read at the positions."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from worldmodel.heads.rays import MOVED_M, Mixture, RayInput
 from worldmodel.model import Batch, Output, WorldModel
 
-CRPS_RAYS = 320
+CRPS_RAYS = 192
 CHANGE_PRICE = 0.02
 MOVING_WEIGHT = 5.0
 
