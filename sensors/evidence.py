@@ -155,7 +155,8 @@ def gather(history: History, rays: Rays) -> Evidence:
         surface_present = (surface @ present[:3, :3].T + present[:3, 3]).astype(np.float32)
         for other in range(sweeps):
             if other != slot:
-                seen[:, slot, other] = np.where(np.isnan(nearest[:, slot]), np.nan, _beyond(history, sweeps - 1 - other, surface_present, SEEN_LIMIT_M))
+                beyond = _beyond(history, sweeps - 1 - other, surface_present, SEEN_LIMIT_M)
+                seen[:, slot, other] = np.where(np.isnan(nearest[:, slot]), np.nan, beyond)
         if slot % ALONG_EVERY == 0:
             along[:, slot // ALONG_EVERY] = _beyond(history, sweep, places, ALONG_LIMIT_M).reshape(count, -1)
     for hypothesis in range(MOVED):

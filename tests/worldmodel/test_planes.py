@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from worldmodel.heads.planes import CLOSE_RAD, FAR_OFF, NOISE_M, SLOPE_PRICE, plane_ranges
+from worldmodel.planes import CLOSE_RAD, FAR_OFF, NOISE_M, SLOPE_PRICE, plane_ranges
 
 SWEEPS = 5
 

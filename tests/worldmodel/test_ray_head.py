@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sensors.evidence import ALONG_M
-from worldmodel.heads.planes import plane_ranges
 from worldmodel.heads.rays import RayHead, RayInput
+from worldmodel.planes import plane_ranges
 
 SWEEPS, READINGS = 3, 5
 
@@ -40,7 +40,12 @@ def test_readings_that_are_not_told_are_positions_and_nothing_else(head):
     expected = torch.cat((torch.cat((untold.quadrants, untold.interpolated[:, :, None]), 2).flatten(1), planes, head.bin_centre.expand(6, -1)), 1)
     torch.testing.assert_close(prior.position, expected.sort(1).values)
     other = dataclasses.replace(
-        untold, quadrants=untold.quadrants.flip(0), nearest=untold.nearest * 2, offsets=untold.offsets * 3, angle=untold.angle * 2, seen=-untold.seen,
+        untold,
+        quadrants=untold.quadrants.flip(0),
+        nearest=untold.nearest * 2,
+        offsets=untold.offsets * 3,
+        angle=untold.angle * 2,
+        seen=-untold.seen,
         along=-untold.along,
     )
     torch.testing.assert_close(head.prior(other).hidden, prior.hidden)

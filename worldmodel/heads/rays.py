@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensors.evidence import ALONG_EVERY, ALONG_M
-from worldmodel.heads.planes import plane_ranges
+from worldmodel.planes import plane_ranges
 
 FIRST_BIN_M, LAST_BIN_M = 2.0, 56.4
 MEAN_FREE_PATH_M = 40.0
@@ -144,8 +144,8 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
     point = rays.origin + rays.direction * reference
     told = rays.told[:, None]
     of_readings = torch.cat(
-        (2 * log, torch.tanh(25 * log), torch.tanh(200 * log), there.flatten(1), 2 * of_planes, torch.tanh(25 * of_planes),
-         torch.tanh(200 * of_planes), flat, support.nan_to_num(0.0), offsets.flatten(1), angle,
+        (2 * log, torch.tanh(25 * log), torch.tanh(200 * log), there.flatten(1),
+         2 * of_planes, torch.tanh(25 * of_planes), torch.tanh(200 * of_planes), flat, support.nan_to_num(0.0), offsets.flatten(1), angle,
          torch.tanh(seen * 2), torch.tanh(seen * 0.2), seen_there,
          torch.tanh(along.nan_to_num(0.0)), ~along.isnan(), torch.log(reference) - 2.5), 1
     )  # fmt: skip
