@@ -85,12 +85,12 @@ def _seen_beyond(points, start, azimuth, elevation, radius, n_elevation, step_el
 
 
 def _beyond(history: History, sweep: int, places: Array, limit_m: float) -> Array:
-    """What a past sweep reads towards places (N,3) of the ego frame of t = 0, minus their distance (N,) f32, cut at +-limit_m; NaN: nothing."""
+    """What a past sweep reads towards places (N,3) f32 of the ego frame of t = 0, minus their distance (N,) f32, cut at +-limit_m; NaN: nothing."""
     own = inverse(history.present_from_sensor[sweep])
     view = view_from(history, sweep, own, "own")
     start, _, azimuth, elevation, radius = view._cells[:5]
     out = np.empty(len(places), np.float32)
-    towards = transform_points(own, places.astype(np.float32))
+    towards = transform_points(own, places)
     _seen_beyond(towards, start, azimuth, elevation, radius, view.n_elevation, view.elevation_step_rad, np.float32(limit_m), out)
     return out
 
@@ -139,7 +139,7 @@ def gather(history: History, rays: Rays) -> Evidence:
     seen = np.full((count, sweeps, sweeps), np.nan, np.float32)
     present = np.asarray(rays.present_from_sensor, np.float64)
     along = np.empty((count, -(-sweeps // ALONG_EVERY), len(ALONG_M)), np.float32)
-    places = (rays.directions[:, None] * ALONG_M[:, None]).reshape(-1, 3) @ present[:3, :3].T + present[:3, 3]
+    places = ((rays.directions[:, None] * ALONG_M[:, None]).reshape(-1, 3) @ present[:3, :3].T + present[:3, 3]).astype(np.float32)
 
     def read(slot: int, view: View, directions: Array, rows: Array | slice) -> None:
         q, daz, delev = view.quadrants(directions)

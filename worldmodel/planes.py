@@ -31,7 +31,6 @@ def plane_ranges(quadrants: Tensor, offsets: Tensor, cos_elevation: Tensor, star
         level = torch.zeros_like(start)
         slope_u, slope_v = torch.zeros_like(start), torch.zeros_like(start)
         noise = NOISE_M / start
-        weight = close
         for far in FAR_OFF:
             off = (y - level[..., None] - slope_u[..., None] * u - slope_v[..., None] * v) / (far + noise)[..., None]
             weight = close / (1 + off * off).square()
