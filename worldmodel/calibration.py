@@ -1,5 +1,7 @@
-"""How sure a forecast may be: per arm and horizon a factor of the scales, fitted by likelihood on held-out training clips and applied wherever
-the model answers. The masses stay as learned: a temperature on them fits no better, and it moves medians from one surface to another."""
+"""How sure a forecast may be, and how far to trust the state: per arm and horizon a factor of the scales, and for the model the share that
+counts of what the state adds to rays whose readings are told. The one is fitted by likelihood, the other by CRPS, whose metres are those of
+the tables, on held-out training clips; both are applied wherever the model answers. The masses stay as learned: a temperature on them fits no
+better, and it moves medians from one surface to another."""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ import torch
 from torch import Tensor
 
 from sensors.errors import WmError
+from sensors.kernels.mixture import crps
 from worldmodel.heads.rays import Mixture
 
 FACTORS = np.geomspace(0.5, 3.0, 31)
+SHARES = np.linspace(0.0, 1.0, 9)
 MOST_RAYS = 1500  # of an instant, spread over the clips: one number is fitted to them
 
 Table = Mapping[str, Sequence[Sequence[float]]]  # arm -> rows of (horizon_s, factor)
@@ -37,6 +41,13 @@ def fit(mixture: Mixture, ranges: Tensor, horizon_s: Tensor, step: Tensor) -> li
     return sorted(rows)
 
 
+def fit_share(answers: Sequence[Mixture], ranges: Tensor) -> float:
+    """The one of SHARES whose answers, one mixture of the rays (N,) for each of them, have the least mean CRPS."""
+    truth = ranges.numpy()
+    score = [crps(m.log_mass.exp().numpy(), m.centre.numpy(), m.scale.numpy(), truth).mean() for m in (widened(a, 1.0) for a in answers)]
+    return float(SHARES[int(np.argmin(score))])
+
+
 def at(table: Table | None, arm: str, horizon_s: float) -> float:
     """Factor of an arm at a horizon, between the fitted ones; 1 without a table."""
     if not table or arm not in table:
@@ -53,3 +64,12 @@ def checked(value: Any) -> dict[str, list[list[float]]] | None:
     if any(len(row) != 2 for rows in table.values() for row in rows):
         raise WmError("the checkpoint was calibrated by another version of this program; train the run again")
     return table
+
+
+def checked_share(value: Any) -> float:
+    """The share as a checkpoint's JSON holds it; 1 where it holds none. WmError for what is no share."""
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise WmError(f"the checkpoint's state.json says share {value!r}, which is not between 0 and 1; train the run again")
+    return float(value)

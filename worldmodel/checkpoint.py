@@ -1,10 +1,11 @@
-"""Checkpoints: `checkpoints/step_000300/` holds the weights, the optimizer and what else a resume needs, as safetensors and JSON, no pickle;
+"""Checkpoints: `checkpoints/step_000300/` holds the weights, the optimizers and what else a resume needs, as safetensors and JSON, no pickle;
 a manifest with the sha256 of each file is written last. `latest` and `best` are text files that name one."""
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sensors.errors import WmError, one_line
 from sensors.files import BadFile, check_folder, commit_folder, parse_json, read_whole, write_file
+from worldmodel.optimizer import Muon
 
 KEEP = 3
 LIMIT_BYTES = 1 << 33
@@ -31,35 +33,38 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors by ``parameter/field``."""
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
+    """The optimizers' tensors by ``parameter/field``."""
     name_of = {id(p): name for name, p in model.named_parameters()}
     out = {}
-    for parameter, fields in optimizer.state.items():
+    for parameter, fields in (item for optimizer in optimizers for item in optimizer.state.items()):
         for field, value in fields.items():
             out[f"{name_of[id(parameter)]}/{field}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return out
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
     by_name = dict(model.named_parameters())
+    of = {parameter: optimizer for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         if name not in by_name:
             raise WmError(f"checkpoint: the optimizer knows {one_line(name)}, the model does not; was the configuration changed?")
-        where = "cpu" if field == "step" else by_name[name].device
-        optimizer.state[by_name[name]][field] = value.to(where)
+        parameter = by_name[name]
+        if (field == "momentum") != isinstance(of[parameter], Muon):
+            raise WmError(f"checkpoint: the optimizer of {one_line(name)} is of another version of this program; train the run again")
+        of[parameter].state[parameter][field] = value.to("cpu" if field == "step" else parameter.device)
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: dict[str, Any]) -> Path:
+def save(run: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None, state: dict[str, Any]) -> Path:
     """Write `checkpoints/step_STEP`, point `latest` at it (and `best` where ``state["best"]`` says so), and drop old ones."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     for name, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise WmError(f"checkpoint at step {step}: {name} holds values that are not finite; lower train.lr and resume from the one before")
     files = {"model.safetensors": save_tensors(weights, metadata={"format": "pt"}), "state.json": _json({**state, "step": step})}
-    if optimizer is not None:
-        files["optimizer.safetensors"] = save_tensors(optimizer_tensors(optimizer, model))
+    if optimizers is not None:
+        files["optimizer.safetensors"] = save_tensors(optimizer_tensors(optimizers, model))
     folder = run / "checkpoints"
     final = folder / f"step_{step:06d}"
     if final.exists():

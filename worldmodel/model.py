@@ -70,6 +70,8 @@ class Output:
 
 
 class WorldModel(nn.Module):
+    outputs = ("rays.evidence_out", "rays.blind_out", "rays.latent_out", "occupancy", "moving.2", "future_latent.2")  # layers read as numbers
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         model = config.model
@@ -111,9 +113,9 @@ class WorldModel(nn.Module):
             for norm in norms:
                 norm.track_running_stats = True
 
-    def read(self, states: Tensor, rays: RayInput, prior: Prior) -> Mixture:
-        """The rays with what the states (B,K+1,C,H,W) add to their prior."""
-        return self.changed(prior, self.change(states, rays, prior))
+    def read(self, states: Tensor, rays: RayInput, prior: Prior, share: float = 1.0) -> Mixture:
+        """The rays with what the states (B,K+1,C,H,W) add to their prior; share: how much of it where readings are told."""
+        return self.changed(prior, self.change(states, rays, prior), shared(rays, share))
 
     def change(self, states: Tensor, rays: RayInput, prior: Prior) -> Tensor:
         """What the states add (L,7,P), see `RayHead.correction`: nothing to readings that are not there, and to ranges as much as `RayHead.say`."""
@@ -121,8 +123,8 @@ class WorldModel(nn.Module):
         absent = prior.raw[:, :1] <= -29.0
         return torch.cat((change[:, :3].masked_fill(absent, 0.0) * self.rays.say(prior)[:, None, None], change[:, 3:]), 1)
 
-    def changed(self, prior: Prior, change: Tensor) -> Mixture:
-        return self.rays.mixture(prior.position, prior.raw.detach() + change[:, :3], prior.candidate, change[:, 3:])
+    def changed(self, prior: Prior, change: Tensor, share: Tensor | float = 1.0) -> Mixture:
+        return self.rays.mixture(prior.position, prior.raw.detach() + change[:, :3] * share, prior.candidate, change[:, 3:])
 
     def sample(self, states: Tensor, rays: RayInput, position: Tensor) -> Tensor:
         """(L,P,C): each ray's state where its positions (L,P) lie."""
@@ -133,3 +135,8 @@ class WorldModel(nn.Module):
         places = torch.stack(((y - low[1]) / self.cell_m - 0.5, (x - low[0]) / self.cell_m - 0.5), 2)
         of = (rays.of * states.shape[1] + rays.step)[:, None].expand(-1, position.shape[1])
         return sample_maps(maps, of.reshape(-1), places.reshape(-1, 2)).unflatten(0, position.shape)
+
+
+def shared(rays: RayInput, share: float) -> Tensor:
+    """(N,1,1): the share for rays whose readings are told, and 1 where the state alone has to answer."""
+    return torch.where(rays.with_evidence & rays.told, share, 1.0)[:, None, None]

@@ -30,6 +30,7 @@ from worldmodel.batches import Prepared, Role, collate, prepare, rng_of, visit
 from worldmodel.config import Config
 from worldmodel.evaluate import laplace_scales
 from worldmodel.model import Batch, WorldModel
+from worldmodel.optimizer import optimizers_of
 from worldmodel.rundir import Journal
 
 Loss = Callable[[WorldModel, Batch, Any], Tensor | None]  # None: this batch asks nothing of it
@@ -183,16 +184,6 @@ class Source:
                     raise
 
 
-def parameter_groups(model: WorldModel, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The prior part of the ray head learns fastest; norms, biases and embeddings are not decayed."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        fast = name.startswith(("rays.evidence", "rays.blind"))
-        decay = weight_decay if parameter.ndim > 1 and "embedding" not in name else 0.0
-        groups.setdefault((lr if fast else 0.5 * lr, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-
-
 def schedule(progress: float, warm: float) -> float:
     """Share of the peak learning rate: linear warm-up, then half a cosine down to 1 %."""
     if progress < warm:
@@ -279,7 +270,9 @@ def train(
     model = WorldModel(config).to(device)
     if tc.channels_last == "on":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(parameter_groups(model, tc.lr, tc.weight_decay), betas=(0.9, 0.98))
+    # the prior part of the ray head learns fastest
+    rate_of = lambda name: tc.lr if name.startswith(("rays.evidence", "rays.blind")) else 0.5 * tc.lr  # noqa: E731
+    optimizers = optimizers_of(model, model.outputs, rate_of, tc.weight_decay)
     losses = objectives(config.objectives)
     first, elapsed, best, random_rank = 0, 0.0, math.inf, math.nan
     if resume:
@@ -291,7 +284,7 @@ def train(
                 report(0, tc.steps, f"skipped a checkpoint: {line}")
         if newest is not None:
             model.load_state_dict(newest.weights)
-            checkpoint.restore_optimizer(optimizer, model, newest.optimizer)
+            checkpoint.restore_optimizers(optimizers, model, newest.optimizer)
             first, elapsed = newest.step, float(newest.state["elapsed_s"])
             best, random_rank = float(newest.state["best_loss"] or math.inf), float(newest.state["random_rank"] or math.nan)
     journal = Journal(run, first, enabled=rank == 0)
@@ -309,8 +302,8 @@ def train(
             best = measured["loss"]
         state = {"elapsed_s": elapsed, "best_loss": best if math.isfinite(best) else None, "best": is_best,
                  "random_rank": random_rank if math.isfinite(random_rank) else None, "unreadable": source.unreadable,
-                 "calibration": measured["calibration"] if measured else None}  # fmt: skip
-        checkpoint.save(run, step, model, optimizer, state)
+                 "calibration": measured["calibration"] if measured else None, "share": measured["share"] if measured else None}  # fmt: skip
+        checkpoint.save(run, step, model, optimizers, state)
 
     with _signals() as arrived, journal:
         began = time.monotonic() - elapsed
@@ -323,7 +316,7 @@ def train(
             batch = validation.to(batch, device)
             progress = max(step / tc.steps, elapsed / tc.seconds if tc.seconds else 0.0)
             _set_mode(model, progress < tc.freeze_bn_at)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * schedule(progress, tc.warmup / tc.steps)
             with autocast:
                 output = model(batch)
@@ -333,17 +326,18 @@ def train(
                 wrong = [name for name, term in terms.items() if not torch.isfinite(term)]
                 raise WmError(f"step {step}: {', '.join(wrong) or 'the loss'} is not finite on clips {', '.join(batch.clips)}; "
                               "lower train.lr, or look at these clips with `wm check`, and resume")  # fmt: skip
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             total.backward()  # type: ignore[no-untyped-call]
             _average_gradients(model, world)
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), tc.clip_norm, error_if_nonfinite=False))
             if math.isfinite(norm):
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
             step += 1
             elapsed = time.monotonic() - began
             here_s = max(time.monotonic() - started, 1e-9)
             scalars = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
-            scalars |= {"train/loss": float(total.detach()), "train/lr": optimizer.param_groups[0]["lr"], "train/grad_norm": norm,
+            scalars |= {"train/loss": float(total.detach()), "train/lr": optimizers[0].param_groups[0]["lr"], "train/grad_norm": norm,
                         "train/clips_per_s": (step - first) * tc.clips * world / here_s, "data/wait_share": waited / here_s,
                         "sys/memory_gib": memory_gib()}  # fmt: skip
             over = step >= tc.steps or bool(tc.seconds and elapsed >= tc.seconds)

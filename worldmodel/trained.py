@@ -39,6 +39,7 @@ class Trained:
         found = checkpoint.load(run, which)
         self.step = found.step
         self.calibration = calibration.checked(found.state.get("calibration"))
+        self.share = calibration.checked_share(found.state.get("share"))
         self.model = WorldModel(self.config)
         try:
             self.model.load_state_dict(found.weights)
@@ -94,7 +95,7 @@ class Trained:
                 if EVIDENCE_ONLY in arms:
                     answers[EVIDENCE_ONLY] = head.mixture(prior.position, prior.raw, prior.candidate)
                 if MODEL in arms:
-                    answers[MODEL] = self.model.read(states, rays, prior)
+                    answers[MODEL] = self.model.read(states, rays, prior, self.share)
             for arm, less in ((POSITIONS, untold_evidence), (NO_EVIDENCE, without_evidence)):
                 if arm in arms:
                     asked = less(rays)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sensors.errors import WmError
 from sensors.kernels.mixture import quantiles
@@ -19,8 +20,8 @@ from worldmodel import calibration, health
 from worldmodel.batches import collate, prepare, visit
 from worldmodel.config import Config
 from worldmodel.drawing.bev import latent_image
-from worldmodel.heads.rays import Mixture, RayInput
-from worldmodel.model import Batch, WorldModel
+from worldmodel.heads.rays import Mixture, Prior, RayInput
+from worldmodel.model import Batch, WorldModel, shared
 from worldmodel.objectives.future_latent import change_of, foretold, future_and_newest
 
 MOST_CLIPS = 24
@@ -71,9 +72,10 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: WorldModel, autocast: AbstractContextManager[Any], device: torch.device) -> dict[str, Any]:
-        """loss (validation ray_forecast: with evidence and without, averaged), scalars, health and the calibration table."""
+        """loss (validation ray_forecast: with evidence and without, averaged), scalars, health, the calibration table and the share."""
         model.eval()
-        parts: dict[str, list[Mixture]] = {"model": [], "evidence_only": [], "model@positions": [], "model@no_evidence": []}
+        told: list[tuple[RayInput, Prior, Tensor]] = []
+        parts: dict[str, list[Mixture]] = {"evidence_only": [], "model@positions": [], "model@no_evidence": []}
         truth, latents, errors, copies = [], [], 0.0, 0.0
         for batch in self.batches:
             batch = to(batch, device)
@@ -81,8 +83,9 @@ class HeldOut:
                 output = model(batch)
                 blind = model(dataclasses.replace(batch, rays=without_evidence(batch.rays)))
                 untold = model(dataclasses.replace(batch, rays=untold_evidence(batch.rays)))
-            n = batch.stateful
-            parts["model"].append(_first(output.model, n))
+                n = batch.stateful
+                rays = batch.rays.take(slice(0, n))
+                told.append((rays, model.rays.prior(rays), output.change))
             parts["evidence_only"].append(_first(output.prior, n))
             parts["model@no_evidence"].append(_first(blind.model, n))
             parts["model@positions"].append(_first(untold.model, n))
@@ -91,12 +94,18 @@ class HeldOut:
             if batch.future is not None:
                 with autocast:
                     change, busy = change_of(model.encoder(future_and_newest(batch)).float())
-                    told = foretold(model, batch, output)
-                errors += float(((told - change).square().mean(3) * busy).sum())
+                    expected = foretold(model, batch, output)
+                errors += float(((expected - change).square().mean(3) * busy).sum())
                 copies += float((change.square().mean(3) * busy).sum())
         if not truth:
             raise WmError("no held-out clip is readable; run `wm check` on the store")
         ranges, horizon, step = (torch.cat(column) for column in zip(*truth, strict=True))
+        answers = {
+            share: [_first(model.changed(prior, change, shared(rays, share)), len(rays.origin)) for rays, prior, change in told]
+            for share in calibration.SHARES.tolist()
+        }
+        share = calibration.fit_share([concatenated(mixtures) for mixtures in answers.values()], ranges)
+        parts["model"] = answers[share]
         scalars: dict[str, float] = {}
         table = {}
         for arm, mixtures in parts.items():
@@ -110,7 +119,7 @@ class HeldOut:
         scalars |= state.scalars()
         loss = 0.5 * (scalars["val/nll_model"] + scalars["val/nll_model@no_evidence"])
         scalars["val/ray_forecast"] = loss
-        return {"loss": loss, "scalars": scalars, "health": state, "calibration": table}
+        return {"loss": loss, "scalars": scalars, "health": state, "calibration": table, "share": share}
 
     @torch.no_grad()
     def pictures(self, model: WorldModel, autocast: AbstractContextManager[Any], device: torch.device) -> dict[str, NDArray[Any]]:

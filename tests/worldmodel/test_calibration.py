@@ -6,11 +6,12 @@ import torch
 
 from sensors.clips import clips_of
 from sensors.errors import WmError
-from sensors.rays import history_of
+from sensors.rays import history_of, rays_of
 from tests.worldmodel.conftest import tiny
 from worldmodel import calibration
 from worldmodel.batches import _PoseErrors
 from worldmodel.heads.rays import Mixture
+from worldmodel.trained import EVIDENCE_ONLY, MODEL, POSITIONS, Trained
 
 
 def test_scales_that_are_too_small_are_widened():
@@ -39,6 +40,39 @@ def test_a_table_of_another_version_is_refused():
     assert calibration.checked(None) is None and calibration.checked({"model": [[0.2, 1.1]]}) == {"model": [[0.2, 1.1]]}
     with pytest.raises(WmError, match="another version"):
         calibration.checked({"model": [[0.2, 0.9, 1.1]]})
+
+
+def test_the_share_whose_answers_are_nearest_is_chosen():
+    truth = 20 + torch.distributions.Laplace(0, 0.2).sample((500,))
+    one = torch.ones(500, 1)
+    answers = [Mixture((20 + 3 * abs(share - 0.25)) * one, 0.2 * one, 0 * one, torch.full((500,), -9.0), None, None) for share in calibration.SHARES]
+    assert calibration.fit_share(answers, truth) == 0.25
+
+
+def test_only_rays_whose_readings_are_told_are_shared(run, parts):
+    trained = Trained(run)
+    torch.nn.init.normal_(trained.model.rays.latent_out.weight, std=0.5)
+    clip = clips_of(parts[0].log)[0]
+    history = history_of(clip)
+    asked = [rays_of(clip, clip.future[0], 200), rays_of(clip, clip.past[-1], 200)]
+    trained.calibration = None
+
+    def masses(share, arm):
+        trained.share = share
+        return [m.log_mass for m in trained.raw_mixtures(clip, history, asked, (arm,))[arm]]
+
+    (told, present), (alone, _) = masses(0.0, MODEL), masses(0.0, EVIDENCE_ONLY)
+    torch.testing.assert_close(told, alone)
+    whole, present_whole = masses(1.0, MODEL)
+    assert not torch.allclose(told, whole) and torch.equal(present, present_whole)
+    assert all(torch.equal(a, b) for a, b in zip(masses(0.0, POSITIONS), masses(1.0, POSITIONS), strict=True))
+
+
+def test_a_share_that_is_none_is_refused():
+    assert calibration.checked_share(None) == 1.0 and calibration.checked_share(0.5) == 0.5
+    for wrong in (1.5, -0.1, float("nan"), "1", True):
+        with pytest.raises(WmError, match="between 0 and 1"):
+            calibration.checked_share(wrong)
 
 
 def test_pose_errors_are_small_rigid_and_a_function_of_the_clip(parts):
