@@ -70,7 +70,7 @@ class Output:
 
 
 class WorldModel(nn.Module):
-    outputs = ("rays.evidence_out", "rays.blind_out", "rays.latent_out", "occupancy", "moving.2", "future_latent.2")  # layers read as numbers
+    deep = ("encoder.", "fusion.", "dynamics.", "rays.evidence.")  # layers that `worldmodel.optimizer` takes as matrices
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""How the world model learns: the weights of linear and convolution layers by orthogonalised momentum, everything else by AdamW.
+"""How the world model learns: the deep layers, linear and convolutions, by orthogonalised momentum, everything else by AdamW.
 
 A gradient's few strong directions are those that most rays agree on; a step of equal length along all of its directions learns from the rare
 ones, too, in a fraction of AdamW's steps (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024). Its length is
-scaled to that of AdamW's steps, so that both share a learning rate (Liu et al., "Muon is scalable for LLM training", 2025).
+scaled to that of AdamW's steps, so that both share a learning rate (Liu et al., "Muon is scalable for LLM training", 2025). Layers whose output is
+read as numbers, and the small ones that read the state along a ray, learn better by AdamW.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class Muon(torch.optim.Optimizer):
                 weight.mul_(1 - group["lr"] * DECAY).sub_(orthogonalized(matrix).view(weight.shape), alpha=length)
 
 
-def optimizers_of(model: nn.Module, outputs: Sequence[str], rate_of: Callable[[str], float], weight_decay: float) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the weights of the linear and convolution layers but the outputs (names of layers). rate_of: the peak rate of a
+def optimizers_of(model: nn.Module, deep: tuple[str, ...], rate_of: Callable[[str], float], weight_decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the weights of those linear and convolution layers whose names start as `deep` says. rate_of: the peak rate of a
     parameter by its name, which its group keeps as `peak`; weight_decay: AdamW's, of what is neither vector nor embedding."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS) and name not in outputs}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS) and name.startswith(deep)}
     matrices = {f"{name}.weight" for name, layer in layers.items() if min(layer.weight.flatten(1).shape) > 1}  # type: ignore[operator]
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

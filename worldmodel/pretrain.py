@@ -272,7 +272,7 @@ def train(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # the prior part of the ray head learns fastest
     rate_of = lambda name: tc.lr if name.startswith(("rays.evidence", "rays.blind")) else 0.5 * tc.lr  # noqa: E731
-    optimizers = optimizers_of(model, model.outputs, rate_of, tc.weight_decay)
+    optimizers = optimizers_of(model, model.deep, rate_of, tc.weight_decay)
     losses = objectives(config.objectives)
     first, elapsed, best, random_rank = 0, 0.0, math.inf, math.nan
     if resume:

@@ -59,22 +59,21 @@ def test_memory_format_does_not_matter():
     assert torch.equal(*ends)
 
 
-def test_every_parameter_learns_once_and_outputs_by_adamw():
+def test_every_parameter_learns_once_and_deep_layers_by_muon():
     model = WorldModel(tiny())
-    adamw, muon = optimizers_of(model, model.outputs, lambda name: 1e-3, 1e-3)
+    adamw, muon = optimizers_of(model, model.deep, lambda name: 1e-3, 1e-3)
     name_of = {id(p): name for name, p in model.named_parameters()}
     by = [sorted(name_of[id(p)] for group in o.param_groups for p in group["params"]) for o in (adamw, muon)]
     assert sorted(by[0] + by[1]) == sorted(name_of.values())
-    layers = dict(model.named_modules())
-    for name in model.outputs:
-        assert f"{name}.weight" in by[0] and name in layers
+    assert all(any(name.startswith(part) for name in by[1]) for part in model.deep) and all(name.startswith(model.deep) for name in by[1])
+    assert {"rays.evidence_out.weight", "rays.latent_hidden.weight", "occupancy.weight"} <= set(by[0])
     assert {"rays.evidence.2.weight", "encoder.backbone_2d.blocks.0.1.weight"} <= set(by[1])
     assert not [name for name in by[1] if name.endswith("bias") or "embedding" in name]
 
 
 def test_another_optimizers_tensors_are_refused():
     model = WorldModel(tiny())
-    optimizers = optimizers_of(model, model.outputs, lambda name: 1e-3, 1e-3)
+    optimizers = optimizers_of(model, model.deep, lambda name: 1e-3, 1e-3)
     weight = model.rays.evidence[2].weight
     for key in ("rays.evidence.2.weight/exp_avg", "rays.evidence_out.weight/momentum"):
         with pytest.raises(WmError, match="another version"):
@@ -86,5 +85,5 @@ def test_another_optimizers_tensors_are_refused():
 
 
 def test_a_model_without_matrices_has_adamw_alone():
-    (adamw,) = optimizers_of(nn.BatchNorm1d(4), (), lambda name: 1e-3, 1e-3)
+    (adamw,) = optimizers_of(nn.BatchNorm1d(4), ("",), lambda name: 1e-3, 1e-3)
     assert isinstance(adamw, torch.optim.AdamW)
