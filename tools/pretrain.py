@@ -42,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     if world > 1:
+        # its functions take the group of all ranks as a default: imported later, they would hold the group, and its threads, to the end of
+        # the process, where a thread that outlives the interpreter aborts it
+        import torch.distributed.nn
+
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
