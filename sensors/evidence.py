@@ -2,7 +2,8 @@
 
 For each past sweep, newest first, and for the newest once more with its moving parts displaced to the asked instant: the nearest reading
 in each quadrant around the ray, the value interpolated between them, and the nearest reading of all; for each sweep's nearest reading,
-whether the other sweeps saw through the place where it puts a surface; and for places along the ray, whether the past saw through them.
+whether the other sweeps saw through the place where it puts a surface; for places along the ray, whether the past saw through them; and
+what the newest sweep reads beside the ray.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ SEEN_LIMIT_M = 20.0
 ALONG_M = np.geomspace(3.0, 54.0, 16).astype(np.float32)  # places along a ray where is asked whether the past saw through them
 ALONG_LIMIT_M = 2.0
 ALONG_EVERY = 2  # sweeps
+# azimuth and elevation beside a ray at which the newest sweep is read as well: what stands left, right, above and below of an opening
+AROUND_RAD = np.deg2rad(
+    [(s * a, e) for a, e in ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (32, 0), (4, 1.5), (4, -1.5), (10, 1.5)) for s in (1, -1)]
+    + [(0, e) for e in (0.8, 2, 4, -0.8, -2, -4)]
+).astype(np.float32)
+AROUND_LIMIT_RAD = float(np.deg2rad(1.5))
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +41,8 @@ class Evidence:
     azimuth and elevation of the quadrant readings relative to the ray, rad; angle (R,S) f32 of the nearest reading, rad;
     seen (R,T,T) f32: the reading of sweep j towards the place of sweep k's nearest reading minus its distance, in metres, cut at
     +-SEEN_LIMIT_M, NaN where j does not look there; the diagonal is NaN; along (R,ceil(T/ALONG_EVERY),len(ALONG_M)) f32: the same for the places at
-    ALONG_M on the ray, asked of every ALONG_EVERY-th sweep, cut at +-ALONG_LIMIT_M."""
+    ALONG_M on the ray, asked of every ALONG_EVERY-th sweep, cut at +-ALONG_LIMIT_M; around (R,len(AROUND_RAD)) f32: the newest sweep's ranges towards
+    directions beside the ray, NaN where it has none within AROUND_LIMIT_RAD."""
 
     quadrants: Array
     interpolated: Array
@@ -43,13 +51,14 @@ class Evidence:
     angle: Array
     seen: Array
     along: Array
+    around: Array
 
     def take(self, rows: Array) -> Evidence:
         """The evidence of some of the rays."""
         return Evidence(*(getattr(self, name)[rows] for name in FIELDS))
 
 
-FIELDS = ("quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along")
+FIELDS = ("quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along", "around")
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -99,7 +108,8 @@ def nothing(history: History, count: int) -> Evidence:
     """The evidence of `count` rays about which the past says nothing."""
     sweeps = len(history.points)
     readings = sweeps + MOVED
-    shapes = ((readings, 4), (readings,), (readings,), (readings, 4, 2), (readings,), (sweeps, sweeps), (-(-sweeps // ALONG_EVERY), len(ALONG_M)))
+    shapes = ((readings, 4), (readings,), (readings,), (readings, 4, 2), (readings,), (sweeps, sweeps), (-(-sweeps // ALONG_EVERY), len(ALONG_M)),
+              (len(AROUND_RAD),))  # fmt: skip
     return Evidence(*(np.full((count, *shape), np.nan, np.float32) for shape in shapes))
 
 
@@ -166,4 +176,16 @@ def gather(history: History, rays: Rays) -> Evidence:
         scene = ahead(history, sensor_from_present, rays.horizon_s, hypothesis)
         if scene is not None:
             read(slot, scene, rays.directions, slice(None))
-    return Evidence(quadrants, interpolated, nearest, offsets, angle, seen, along)
+    around = _around(newest_view(history, sensor_from_present, rays.horizon_s), rays.directions)
+    return Evidence(quadrants, interpolated, nearest, offsets, angle, seen, along, around)
+
+
+def _around(view: View, directions: Array) -> Array:
+    """(R,len(AROUND_RAD)) f32: what the view reads beside directions (R,3), see `Evidence`."""
+    x, y, z = directions.astype(np.float32).T
+    azimuth = np.arctan2(y, x)[:, None] + AROUND_RAD[:, 0]
+    elevation = np.arctan2(z, np.hypot(x, y))[:, None] + AROUND_RAD[:, 1]
+    flat = np.cos(elevation)
+    beside = np.stack((flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(elevation)), 2)
+    found, angle, _ = view.nearest(beside.reshape(-1, 3))
+    return np.where(angle < AROUND_LIMIT_RAD, found, np.float32(np.nan)).reshape(len(directions), -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sensors.evidence import ALONG_LIMIT_M, ALONG_M, gather
+from sensors.evidence import ALONG_LIMIT_M, ALONG_M, AROUND_RAD, gather
 from sensors.geometry import inverse, rotation_z, transform_points
 from sensors.kernels.directions import View
 from sensors.motion import _displacement, ahead, motion_of
@@ -174,6 +174,21 @@ def test_places_along_a_ray_are_seen_through_up_to_the_surface():
     assert there.mean() > 0.9
     assert (np.sign(along) == np.sign(free))[there & clear].all()
     assert np.abs(along - free.clip(-ALONG_LIMIT_M, ALONG_LIMIT_M))[there].max() < 0.5
+
+
+def test_what_stands_beside_a_ray_is_read_from_the_newest_sweep():
+    past, _ = history(drift=(2.0, 0.0))
+    azimuth = np.deg2rad(np.array((80.0, 100.0, -85.0)))
+    level = np.stack((np.cos(azimuth), np.sin(azimuth), np.full(3, 0.05)), 1)
+    rays = Rays(0.4, past.present_from_sensor[-1], level.astype(np.float32), np.ones(3), np.zeros(3), np.arange(3))
+    around = gather(past, rays).around
+    assert around.shape == (3, len(AROUND_RAD))
+    wall = np.array((15.75, 15.75, 11.75))[:, None]
+    facing = np.abs(np.sin(azimuth[:, None] + AROUND_RAD[:, 0])) > 0.8  # there the walls along the road are what is seen
+    expected = wall / np.abs(np.sin(azimuth[:, None] + AROUND_RAD[:, 0]))
+    flat = facing & (AROUND_RAD[:, 1] == 0)
+    assert not np.isnan(around[flat]).any()
+    assert np.abs(around / expected - 1)[flat].max() < 0.03
 
 
 def test_a_turning_world_frame_turns_the_answer_along():

@@ -36,6 +36,8 @@ BORDER_RAD = float(np.deg2rad(1.5))
 MOVER_CELL_M, MOVER_POINTS = 0.2, 2
 MASKED_SHARE, MASK_M = 0.3, 4.0  # of the ground, in squares, that a dense clip does not show
 DENSE_NEWEST_SHARE = 0.5  # of the dense clips show the newest sweep alone: what may move must be told by its shape
+# where the directions beside a ray lie when left and right change places
+AROUND_MIRRORED = [int(np.abs(past_evidence.AROUND_RAD - other).sum(1).argmin()) for other in past_evidence.AROUND_RAD * [-1, 1]]
 Role = Literal["read", "dense", "prior"]
 FULL_WEIGHT_M = 15.0
 
@@ -96,7 +98,8 @@ def _near_enough(found: past_evidence.Evidence) -> dict[str, Array]:
     angle = np.where(far, np.nan, found.angle)
     half = np.float16
     return {"quadrants": found.quadrants, "interpolated": interpolated, "nearest": nearest, "offsets": found.offsets.astype(half),
-            "angle": angle.astype(half), "seen": found.seen.astype(half), "along": found.along.astype(half)}  # fmt: skip
+            "angle": angle.astype(half), "seen": found.seen.astype(half), "along": found.along.astype(half),
+            "around": found.around.astype(half)}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,13 +359,14 @@ def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
     linear = turn.linear.astype(np.float32)
     c["origin"] = c["origin"] @ (linear.T * np.float32(turn.scale))
     c["direction"] = c["direction"] @ linear.T
-    for name in ("quadrants", "interpolated", "nearest", "range", "seen", "along"):
+    for name in ("quadrants", "interpolated", "nearest", "range", "seen", "along", "around"):
         c[name] = (c[name] * turn.scale).astype(c[name].dtype)
     if turn.mirror < 0:
         other_side = [1, 0, 3, 2]
         c["quadrants"] = c["quadrants"][:, :, other_side]
         c["offsets"] = c["offsets"][:, :, other_side] * np.array([-1, 1], c["offsets"].dtype)
         c["bearing"] = c["bearing"] * np.array([1, -1, 1], np.float32)
+        c["around"] = c["around"][:, AROUND_MIRRORED]
     return RayTable(c)
 
 
@@ -404,6 +408,10 @@ def _withheld(rng: np.random.Generator, past: list[Array], present: Array, table
         c["seen"] = np.where(gone[:, :, None], np.nan, c["seen"])
         place = o + d * past_evidence.ALONG_M[:, None]
         c["along"] = np.where(inside(place, BORDER_RAD, past_evidence.ALONG_LIMIT_M)[:, None], np.nan, c["along"]).astype(c["along"].dtype)
+        cos, sin = np.cos(past_evidence.AROUND_RAD[:, 0]), np.sin(past_evidence.AROUND_RAD[:, 0])
+        beside = np.stack((d[..., 0] * cos - d[..., 1] * sin, d[..., 0] * sin + d[..., 1] * cos), 2)
+        place = o + beside * np.nan_to_num(c["around"]).astype(np.float32)[..., None]
+        c["around"] = np.where(inside(place, BORDER_RAD), np.nan, c["around"]).astype(c["around"].dtype)
         c["offsets"] = np.where(np.isnan(c["quadrants"])[..., None], np.nan, c["offsets"]).astype(c["offsets"].dtype)
         c["angle"] = np.where(np.isnan(c["nearest"]), np.nan, c["angle"])
     return past, present, tables
@@ -421,6 +429,9 @@ def _forget(table: RayTable, rows: Array, sweep: int) -> None:
     c["seen"] = c["seen"].copy()
     c["seen"][rows, sweep] = np.nan
     c["seen"][rows, :, sweep] = np.nan
+    if sweep == 0:
+        c["around"] = c["around"].copy()
+        c["around"][rows] = np.nan
     if sweep % past_evidence.ALONG_EVERY == 0:
         c["along"] = c["along"].copy()
         c["along"][rows, sweep // past_evidence.ALONG_EVERY] = np.nan

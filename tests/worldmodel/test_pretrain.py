@@ -230,7 +230,7 @@ def test_no_label_is_opened_in_pretraining(parts, tmp_path):
 
 def test_what_is_withheld_is_in_no_input(parts):
     """A hidden region holds no point, and no reading of the evidence lies in it."""
-    from sensors.evidence import ALONG_LIMIT_M, ALONG_M
+    from sensors.evidence import ALONG_LIMIT_M, ALONG_M, AROUND_RAD
     from worldmodel.batches import RayTable, _withheld, rng_of
 
     config = tiny()
@@ -244,6 +244,7 @@ def test_what_is_withheld_is_in_no_input(parts):
         c = after.columns
         if kind == "sweep":
             assert len(past[0]) == 0 and all(np.isnan(c[name][:, 0]).all() for name in ("nearest", "seen", "along"))
+            assert np.isnan(c["around"]).all()
             continue
         ends = (c["origin"] + c["direction"] * c["range"][:, None])[:, :2]
         lost = np.concatenate([b[~np.isin(b[:, :3].view("f4,f4,f4"), a[:, :3].copy().view("f4,f4,f4"))[:, 0]] for a, b in zip(past, prepared.past)])
@@ -257,6 +258,13 @@ def test_what_is_withheld_is_in_no_input(parts):
             places = (c["origin"][:, None] + c["direction"][:, None] * ALONG_M[:, None])[..., :2]
             beside = cKDTree(lost[:, :2]).query(places)[0] < 0.95 * ALONG_LIMIT_M  # what is asked there would tell of what was taken out
             assert beside.any() and np.isnan(c["along"]).all(1)[beside].all()
+            yaw = np.arctan2(c["direction"][:, 1], c["direction"][:, 0])[:, None] + AROUND_RAD[:, 0]
+            along_ground = np.hypot(*c["direction"][:, :2].T)[:, None] * c["around"]
+            beside = c["origin"][:, None, :2] + np.stack((np.cos(yaw), np.sin(yaw)), 2) * along_ground[..., None]
+            left = ~np.isnan(c["around"])
+            assert left.any()
+            holes = cKDTree(lost[:, :2]).query(beside[left])[0] < 0.05
+            assert not (holes & (cKDTree(np.concatenate([p[:, :2] for p in past])).query(beside[left])[0] > 0.5)).any()
             rows = np.flatnonzero(c["hidden"])[:300]
             kept = np.concatenate([p[:, :2] for p in past])
             if len(kept):
@@ -265,6 +273,30 @@ def test_what_is_withheld_is_in_no_input(parts):
                 gone = ~there[inside] | (np.linalg.norm(reading[inside] - ends[inside][:, None], axis=2) > 1.0)
                 assert gone.all()
     assert hidden > 0
+
+
+def test_evidence_is_mirrored_as_a_mirrored_street_would_have_given_it(parts):
+    from sensors.rays import History, history_of, rays_of
+    from worldmodel.batches import RayTable, _Turn, _turned_rays, ray_table
+
+    clip = clips_of(parts[2].log)[0]
+    past, asked = history_of(clip), rays_of(clip, clip.future[2], 800)
+    mirror = np.diag([1.0, -1.0, 1.0, 1.0])
+    flipped = lambda a: a * np.array([1, -1, 1], a.dtype)  # noqa: E731
+    other = History(
+        tuple(map(flipped, past.points)), past.intensity, past.times_s, mirror @ past.present_from_sensor @ mirror, past.elevation_step_rad
+    )
+    turned = dataclasses.replace(asked, present_from_sensor=mirror @ asked.present_from_sensor @ mirror, directions=flipped(asked.directions))
+    table, expected = (ray_table(h, [r], np.eye(4), [3]) for h, r in ((past, asked), (other, turned)))
+    found = _turned_rays(RayTable(table.columns | {"range": asked.ranges}), _Turn(0.0, -1.0, 1.0)).columns
+    sweeps = len(past.points)
+    for name in ("origin", "direction", "bearing", "quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along", "around"):
+        a, b = (
+            c[name][:, :sweeps] if name in ("quadrants", "interpolated", "nearest", "offsets", "angle") else c[name]
+            for c in (found, expected.columns)
+        )
+        same = np.isclose(a.astype(float), b.astype(float), rtol=1e-3, atol=2e-3, equal_nan=True)
+        assert same.mean() > 0.98, (name, same.mean())  # at the border of a cell or between two readings rounding decides
 
 
 def test_a_foreign_encoder_trains_and_keeps_its_names(parts, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from sensors.evidence import ALONG_M
+from sensors.evidence import ALONG_M, AROUND_RAD
 from worldmodel.heads.rays import RayHead, RayInput
 from worldmodel.planes import plane_ranges
 
@@ -22,6 +22,7 @@ def rays(count=6, *, told=True, with_evidence=True):
         told=torch.full((count,), told), quadrants=5 + 30 * uniform(count, READINGS, 4), interpolated=5 + 30 * uniform(count, READINGS),
         nearest=5 + 30 * uniform(count, READINGS), offsets=0.01 * uniform(count, READINGS, 4, 2), angle=0.01 * uniform(count, READINGS),
         seen=uniform(count, SWEEPS, SWEEPS) - 0.5, along=uniform(count, 2, len(ALONG_M)) - 0.5,
+        around=5 + 30 * uniform(count, len(AROUND_RAD)),
     )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ def test_readings_that_are_not_told_are_positions_and_nothing_else(head):
         angle=untold.angle * 2,
         seen=-untold.seen,
         along=-untold.along,
+        around=untold.around * 2,
     )
     torch.testing.assert_close(head.prior(other).hidden, prior.hidden)
     by_kind = lambda raw, kind: torch.stack([raw[:, 0][kind == k].mean() for k in range(READINGS + 2)])  # noqa: E731
@@ -59,6 +61,7 @@ def test_told_readings_matter(head):
     hidden = head.prior(asked).hidden
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, seen=-asked.seen)).hidden)
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, along=-asked.along)).hidden)
+    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, around=asked.around * 2)).hidden)
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, told=~asked.told)).hidden)
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensors.evidence import ALONG_EVERY, ALONG_M
+from sensors.evidence import ALONG_EVERY, ALONG_M, AROUND_RAD
 from worldmodel.planes import plane_ranges
 
 FIRST_BIN_M, LAST_BIN_M = 2.0, 56.4
@@ -69,6 +69,7 @@ class RayInput:
     angle: Tensor
     seen: Tensor
     along: Tensor
+    around: Tensor
 
     def take(self, rows: Tensor | slice) -> RayInput:
         return RayInput(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
@@ -141,13 +142,16 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
     seen_there = ~seen.isnan()
     seen = seen.nan_to_num(0.0)
     along = rays.along.flatten(1)
+    beside = ~rays.around.isnan()
+    of_around = torch.log(rays.around.nan_to_num(1.0).clamp(0.5, 200.0) / reference) * beside
     point = rays.origin + rays.direction * reference
     told = rays.told[:, None]
     of_readings = torch.cat(
         (2 * log, torch.tanh(25 * log), torch.tanh(200 * log), there.flatten(1),
          2 * of_planes, torch.tanh(25 * of_planes), torch.tanh(200 * of_planes), flat, support.nan_to_num(0.0), offsets.flatten(1), angle,
          torch.tanh(seen * 2), torch.tanh(seen * 0.2), seen_there,
-         torch.tanh(along.nan_to_num(0.0)), ~along.isnan(), torch.log(reference) - 2.5), 1
+         torch.tanh(along.nan_to_num(0.0)), ~along.isnan(),
+         2 * of_around, torch.tanh(8 * of_around), beside, torch.log(reference) - 2.5), 1
     )  # fmt: skip
     features = torch.cat(
         (of_readings * told, rays.bearing, rays.horizon_s[:, None], point[:, 2:] * 0.5 * told, rays.origin[:, :2].norm(dim=1, keepdim=True) * 0.1), 1
@@ -156,7 +160,8 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def feature_count(readings: int, sweeps: int) -> int:
-    return readings * 6 * 4 + readings * 8 + readings + 5 * sweeps + 3 * sweeps * sweeps + 2 * len(ALONG_M) * -(-sweeps // ALONG_EVERY) + 7
+    of_places = 2 * len(ALONG_M) * -(-sweeps // ALONG_EVERY) + 3 * len(AROUND_RAD)
+    return readings * 6 * 4 + readings * 8 + readings + 5 * sweeps + 3 * sweeps * sweeps + of_places + 7
 
 
 class RayHead(nn.Module):
