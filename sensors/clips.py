@@ -50,7 +50,9 @@ def clips_of(
     log: Log, *, past: int = 5, future: int = 5, rate_hz: float = 5.0, every_s: float = 0.5, from_ns: int | None = None, to_ns: int | None = None
 ) -> list[Clip]:
     """The clips of a log in order: t = 0 every `every_s`, the earliest with a full past first; no past or future frame leaves
-    from_ns <= stamp < to_ns, and none lies in a gap of the sweeps or of the poses. An empty list where the log is too short."""
+    from_ns <= stamp < to_ns, and none lies in a gap of the sweeps or of the poses. An empty list where the log is too short or has no LiDAR."""
+    if not log.lidars:
+        return []
     lidar = log.reference_lidar
     stamps = log.sweep_stamps_ns[lidar]
     low = stamps[0] if from_ns is None and len(stamps) else (from_ns or 0)
@@ -65,22 +67,29 @@ def clips_of(
     tolerance_ns = 0.5e9 / log.lidars[lidar].rate_hz
     steps = np.round(np.arange(-past + 1, future + 1) * period_ns).astype(np.int64)
     clips: list[Clip] = []
+    every_ns = int(every_s * 1e9)
     present_ns = int(stamps[allowed[0]]) - int(steps[0])
     while present_ns <= stamps[allowed[-1]]:
+        following = int(stamps[allowed[np.searchsorted(stamps[allowed], present_ns)]]) - present_ns
         present = allowed[nearest_index(stamps[allowed], np.array([present_ns]))[0]]
+        if following > every_ns and present_ns - stamps[present] > every_ns:
+            present_ns += following // every_ns * every_ns  # a clock that jumps leaves a gap of years: over it at once, on the same grid
+            continue
         wanted = stamps[present] + steps
         index = allowed[nearest_index(stamps[allowed], wanted)]
         near = np.abs(stamps[index] - wanted) <= tolerance_ns
         if near.all() and len(set(index.tolist())) == len(index) and not _pose_gap(log, stamps[index]):
             frames = frames_at(log, index, lidar)
             clips.append(Clip(log, lidar, tuple(frames[:past]), tuple(frames[past:])))
-        present_ns += int(every_s * 1e9)
+        present_ns += every_ns
     return clips
 
 
 def clips_at(log: Log, stamps_ns: Array, *, past: int = 5, rate_hz: float = 5.0, from_ns: int | None = None) -> list[Clip]:
     """Clips without future, t = 0 at the reference LiDAR's sweep of each stamp (S,) i64. Their past has up to `past` frames: as many as there
     are from t = 0 backwards without a gap of sweeps or poses, none before from_ns. A stamp without sweep or pose gives no clip."""
+    if not log.lidars:
+        return []
     lidar = log.reference_lidar
     stamps = log.sweep_stamps_ns[lidar]
     if log.poses is None or not len(stamps):

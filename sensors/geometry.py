@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,7 @@ def pose_at(trajectory: Trajectory, stamps_ns: Array, max_extrapolation_s: float
     extended as standing still)."""
     stamps = np.atleast_1d(np.asarray(stamps_ns, np.int64))
     known, poses = trajectory.stamps_ns, trajectory.world_from_ego
-    slack_ns = int(max_extrapolation_s * 1e9)
-    outside = (stamps < known[0] - slack_ns) | (stamps > known[-1] + slack_ns)
+    outside = ~trajectory.covers(stamps, max_extrapolation_s)
     if outside.any():
         raise RecordError(f"pose at {int(stamps[outside][0])} ns: the trajectory covers {int(known[0])}..{int(known[-1])} ns; cut the clip there")
     if len(known) == 1:
@@ -110,8 +110,17 @@ def points_in(box: Box, points: Array, grown_m: float = 0.0) -> Array:
     return inside
 
 
+def _folds_at(coefficients: Iterable[float]) -> float:
+    """The square of the radius from which on r (1 + c0 r^2 + c1 r^4 + ...) falls: the least positive root of its derivative, inf without one."""
+    derivative = [(2 * power + 1) * c for power, c in enumerate((1.0, *coefficients))]
+    roots = np.roots(derivative[::-1])
+    real = roots.real[(np.abs(roots.imag) < 1e-9) & (roots.real > 0)]
+    return float(real.min()) if len(real) else np.inf
+
+
 def project(camera: Camera, points: Array, min_depth: float = 0.1) -> tuple[Array, Array, Array]:
-    """Project points (N,3) of the camera frame: pixels (N,2), depth (N,) = z, and a mask of those in front and inside the image.
+    """Project points (N,3) of the camera frame: pixels (N,2), depth (N,) = z, and a mask of those in front and inside the image. Points so
+    far off the axis that the distortion's polynomial folds back, and puts them into the image once more, are outside.
 
     Distortion parameters, by model: ``brown_conrady`` k1 k2 p1 p2 k3 (OpenCV's order; fewer are padded with 0);
     ``kannala_brandt`` k1 k2 k3 k4 on the angle (OpenCV's fisheye); ``mei`` xi k1 k2 p1 p2 (Mei & Rives 2007, as in KITTI-360)."""
@@ -135,11 +144,13 @@ def project(camera: Camera, points: Array, min_depth: float = 0.1) -> tuple[Arra
             r = np.hypot(x, y)
             angle = np.arctan(r)
             a2 = angle * angle
+            ok &= a2 < _folds_at(d[:4])
             scaled = angle * (1 + a2 * (d[0] + a2 * (d[1] + a2 * (d[2] + a2 * d[3]))))
             factor = np.where(r > 1e-9, scaled / np.maximum(r, 1e-12), 1.0)
             x, y = x * factor, y * factor
         elif camera.model in ("brown_conrady", "mei"):
             r2 = x * x + y * y
+            ok &= r2 < _folds_at((k1, k2, k3))
             radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
             x, y = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x), y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
         k = camera.k_px

@@ -18,7 +18,7 @@ import stat
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -33,6 +33,7 @@ from sensors.store.writer import Reference, prepare_store, write_log
 
 POSES = ("log", "odometry", "refined")
 STOP_S = 5.0
+MOST_DEATHS = 3  # of each worker's place, in a row, before a log is reached
 
 Report = Callable[[int, int, str], None]
 
@@ -92,7 +93,8 @@ def ingest(
     poses: `log` takes the log's own and odometry where it has none (the manifest says which); `odometry`, `refined` compute them.
     workers: processes, logs in parallel. shards: this call takes the logs whose id falls to shard_index of num_shards. reference: store where
     payloads are, not copies. overwrite: also store what is stored, as its next generation. UsageError, Interrupted (the store is whole; call
-    again to go on), Busy after all else is done where another process was writing one of the logs, WmError where the store cannot be written.
+    again to go on), Busy after all else is done where another process was writing one of the logs, WmError where the store cannot be written, or
+    where every worker dies on a source before it reaches a log.
     """
     if poses not in POSES:
         raise UsageError(f"poses {one_line(poses)!r}: not one of {', '.join(POSES)}")
@@ -336,7 +338,7 @@ def _store(job: _Job, source: tuple[Path, str], log: Log, step: Callable[[str], 
         job.store,
         posed,
         lossless=job.lossless,
-        reference=Reference(*source) if job.reference else None,
+        reference=Reference(*source, job.options) if job.reference else None,
         overwrite=job.overwrite,
         options={"poses": job.poses},
         source={"digest": _digest_of(before), "files": len(before), "bytes": _bytes_of(before)},
@@ -373,14 +375,15 @@ def _in_parallel(job: _Job, workers: int, tally: _Tally, stop: _Stop) -> None:
     """Tasks (source, ordinal) go out in order; every worker opens the sources by itself and steps forward to its task. A worker that dies
     costs the log it was at, and is replaced."""
     crew: list[_Worker] = []
-    tasks = _Tasks(len(job.sources))
+    tasks = _Tasks(len(job.sources), MOST_DEATHS * workers)
     try:
         crew = [_hire(job) for _ in range(workers)]
         while True:
             for worker in crew:
                 if worker.task is None and (task := tasks.next()) is not None:
-                    worker.task, worker.log = task, f"{job.sources[task[0]][0].name}#{task[1]}"
-                    worker.connection.send(task)
+                    worker.task, worker.log = task, ""
+                    with suppress(OSError):  # it has died meanwhile, which is heard below
+                        worker.connection.send(task)
             at_work = [worker for worker in crew if worker.task is not None]
             if not at_work:
                 break
@@ -395,10 +398,12 @@ def _in_parallel(job: _Job, workers: int, tally: _Tally, stop: _Stop) -> None:
 
 
 class _Tasks:
-    """The next (source, ordinal) to hand out: a source is over once a worker found nothing at an ordinal."""
+    """The next (source, ordinal) to hand out: a source is over once a worker found nothing at an ordinal. lost: where workers died in a
+    row before they reached a log, at most most_lost: while all of them do, none finds that the source is over."""
 
-    def __init__(self, sources: int) -> None:
+    def __init__(self, sources: int, most_lost: int) -> None:
         self.sources, self.source, self.ordinal = sources, 0, -1
+        self.most_lost, self.lost = most_lost, list[str]()
 
     def next(self) -> tuple[int, int] | None:
         self.ordinal += 1
@@ -414,13 +419,23 @@ def _hear(worker: _Worker, job: _Job, tally: _Tally, tasks: _Tasks) -> bool:
     assert worker.task is not None
     try:
         kind, value = worker.connection.recv()
-    except (EOFError, OSError):
+    except (EOFError, OSError) as error:
         worker.process.join(STOP_S)
         code = worker.process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
-        reason = f"{one_line(worker.log)}: the worker that read it ended with {how} (out of memory?); use fewer workers, or look at this log alone"
-        tally.add(_quarantine(job, worker.log, reason), more=True)
+        path, place = job.sources[worker.task[0]][0], worker.task[1]
+        log = worker.log or f"{path.name}#{place}"
+        reason = f"{one_line(log)}: the worker that read it ended with {how} (out of memory?); use fewer workers, or look at this log alone"
+        tally.add(_quarantine(job, log, reason), more=True)
+        if not worker.log:
+            tasks.lost.append(log)
+        if len(tasks.lost) >= tasks.most_lost:
+            for log in tasks.lost:  # there may be no logs at these places
+                files.remove(layout.quarantine_path(job.store, log))
+            raise WmError(f"{one_line(path)}: {len(tasks.lost)} workers in a row ended before they reached a log of it, the last with {how} "
+                          f"(out of memory?); {tally.stored} logs were stored; use fewer, or --workers 1 to see it fail") from error  # fmt: skip
         return False
+    tasks.lost.clear()
     if kind == "at":
         worker.log = value
         return True

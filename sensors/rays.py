@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensors.geometry import inverse, transform_points
-from sensors.records import Clip, Frame, Lidar, Log, Sweep
+from sensors.records import Clip, Frame, Lidar, Log, RecordError, Sweep
 
 Array = NDArray[Any]
 
@@ -106,12 +106,17 @@ def history_of(clip: Clip) -> History:
 
 def rays_of(clip: Clip, frame: Frame, count: int | None = RAYS_PER_SWEEP, seed: int = 0) -> Rays:
     """The returns of one frame (of the future or of t = 0) as rays with their truth: range 2..56 m from the sensor at the stamp, the ego
-    vehicle's returns removed. count rays are drawn by (seed, log, stamp), the same for every method; None takes all, in recorded order."""
+    vehicle's returns removed. count rays are drawn by (seed, log, stamp), the same for every method; None takes all, in recorded order.
+    RecordError where there is none."""
     log, lidar = clip.log, clip.lidar
     sweep = log.read_sweep(lidar, frame.sweep_index)
     index, points, ranges = _kept(log, lidar, sweep)
     inside = (ranges >= MIN_RANGE_M) & (ranges <= MAX_RANGE_M)
     index, points, ranges = index[inside], points[inside], ranges[inside]
+    if not len(index):
+        raise RecordError(
+            f"log {log.id}: {lidar} at {frame.stamp_ns}: no return between {MIN_RANGE_M:g} and {MAX_RANGE_M:g} m; nothing can be asked of it"
+        )
     if count is not None and len(index) > count:
         key = (seed, zlib.crc32(log.id.encode()), frame.stamp_ns)
         drawn = np.sort(np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).choice(len(index), count, replace=False))

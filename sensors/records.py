@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 ROTATION_TOLERANCE = 1e-3
 POSE_SOURCES = ("log", "gnss", "odometry", "refined")
-CAMERA_MODELS = ("pinhole", "brown_conrady", "kannala_brandt", "mei")
+CAMERA_MODELS = {"pinhole": 0, "brown_conrady": 5, "kannala_brandt": 4, "mei": 5}  # and how many distortion parameters each has
 MAX_POINTS = 1 << 26
 
 
@@ -165,6 +165,9 @@ class Camera:
         object.__setattr__(self, "distortion", _finite(f"{what}, distortion", _array(f"{what}, distortion", self.distortion, np.float64, (None,))))
         if self.model not in CAMERA_MODELS:
             raise RecordError(f"{what}: model {self.model!r} is not one of {', '.join(CAMERA_MODELS)}")
+        if self.distortion[CAMERA_MODELS[self.model] :].any():
+            raise RecordError(f"{what}: {len(self.distortion)} distortion parameters where {self.model} has {CAMERA_MODELS[self.model]}; "
+                              "name the model they belong to, or undistort the images")  # fmt: skip
         if not (0 < self.width <= 1 << 14 and 0 < self.height <= 1 << 14):
             raise RecordError(f"{what}: size {self.width}x{self.height} is not within 1..16384")
 
@@ -210,6 +213,12 @@ class Trajectory:
         object.__setattr__(self, "world_from_ego", checked)
         if self.source not in POSE_SOURCES:
             raise RecordError(f"trajectory: source {self.source!r} is not one of {', '.join(POSE_SOURCES)}")
+
+    def covers(self, stamps_ns: Array, slack_s: float = 0.1) -> Array:
+        """(N,) bool: which of the instants (N,) i64 lie between the first and the last pose, or at most slack_s beyond."""
+        slack_ns = int(slack_s * 1e9)
+        inside: Array = (stamps_ns >= self.stamps_ns[0] - slack_ns) & (stamps_ns <= self.stamps_ns[-1] + slack_ns)
+        return inside
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,5 +108,23 @@ def test_a_wrong_key_is_refused_with_the_nearest():
         load_config("default", ["encoder.voxel=[0.001, 0.001, 6.0]"])
 
 
+@pytest.mark.parametrize("wrong", ["model.rate_hz=0", "model.rate_hz=-5", "model.rate_hz=.inf", "train.threads=0", "train.every_s=0"])
+def test_a_number_that_cannot_be_is_refused_with_its_key(wrong):
+    from sensors.errors import UsageError
+    from worldmodel.config import load_config
+
+    with pytest.raises(UsageError, match=f"^default: {wrong.partition('=')[0]}: "):
+        load_config("default", [wrong])
+
+
+def test_a_configuration_that_is_no_text_is_named(tmp_path):
+    from sensors.errors import UsageError
+    from worldmodel.config import load_config
+
+    (tmp_path / "mine.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UsageError, match=r"mine\.yaml: not readable as YAML"):
+        load_config(str(tmp_path / "mine.yaml"))
+
+
 def test_no_file_of_the_project_is_named_after_nothing():
     assert not [p for p in FILES if p.stem in {"utils", "util", "helpers", "helper", "common", "misc"}]

@@ -173,6 +173,18 @@ def test_a_raw_log_is_checked_and_the_page_is_not_overwritten(tmp_path, capsys, 
     assert not Path("x.html").exists()
 
 
+def test_one_log_without_lidar_or_with_poses_that_jump_does_not_stop_the_page():
+    log = street_log()
+    blind = dataclasses.replace(log, id="made/blind", lidars={}, sweep_stamps_ns={})
+    far = np.array(log.poses.world_from_ego)
+    far[:7, 0, 3] -= 6e6
+    jumped = dataclasses.replace(log, id="made/jumped", poses=Trajectory(STAMPS, far, "gnss"))
+    page = check_page("here", [checked(blind), checked(jumped), checked(log)], [])
+    audited(page)
+    for text in ("no LiDAR sweeps", "m apart by the poses", "made/street", "No overlay"):
+        assert text in page
+
+
 def test_json_is_one_object_and_writes_no_page(tmp_path, capsys, monkeypatch):
     source = write_sample(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sensors.clips import clips_of, frames_at
 from sensors.data import Part
-from sensors.errors import UsageError
+from sensors.errors import UsageError, WmError
 from sensors.rays import hide_sector, history_of, in_sector, rays_of
 from sensors.records import Box, Labels, Lidar, Log, RecordError, Sweep, Trajectory
 from worldmodel import evaluate as evaluation
@@ -245,6 +246,32 @@ def test_unreadable_clips_are_left_out_and_counted():
     assert seen[-1][:2] == (3, 3) and "1" in seen[-1][2] and sum(n for what, n in log.counts.items() if "left out" in what) == 1
 
 
+def test_data_of_which_no_clip_is_readable_are_an_error_with_the_first_reason():
+    with pytest.raises(WmError, match=r"none of the 3 clips is readable.*test/a@1800000000: sweep 0: torn") as raised:
+        evaluate([Part(street(broken=frozenset(range(31))))], methods=["copy"], rays_per_sweep=200)
+    assert raised.value.exit_code == 1
+
+
+def test_a_sweep_without_a_return_in_range_costs_its_clips_and_nothing_else():
+    log = street()
+    empty = dataclasses.replace(log, read_sweep=lambda lidar, index: dataclasses.replace(
+        log.read_sweep(lidar, index), points=log.read_sweep(lidar, index).points * (0.001 if index == 10 else 1)))  # fmt: skip
+    table = evaluate([Part(empty)], methods=["reproject_nearest"], rays_per_sweep=200)
+    assert table.clips + table.unreadable == 3 and table.unreadable and table.clips
+    with pytest.raises(RecordError, match=r"test/a: top at 2000000000: no return between 2 and 56 m"):
+        rays_of(clips_of(empty)[0], frames_at(empty, np.array([10]), "top")[0])
+
+
+def test_a_clock_that_jumps_by_years_is_stepped_over_and_changes_no_clip():
+    log = street(6.0)
+    stamps = log.sweep_stamps_ns["top"]
+    years_ns = 1_790_000_000 * 10**9
+    jumped = np.where(np.arange(len(stamps)) < 3, stamps, stamps + years_ns)
+    moved = dataclasses.replace(log, sweep_stamps_ns={"top": jumped}, poses=Trajectory(jumped, log.poses.world_from_ego))
+    found = [clip.stamp_ns - years_ns for clip in clips_of(moved, every_s=0.1)]
+    assert found and set(found) <= {clip.stamp_ns for clip in clips_of(log, every_s=0.1)}
+
+
 def test_logs_are_rows_of_their_own_and_the_total_is_over_all_of_them():
     parts = [Part(street(name="a")), Part(street(2.0, name="b"))]
     table = evaluate(parts, methods=["copy"], rays_per_sweep=500)
@@ -303,6 +330,17 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
     assert main([*common[:2], "--data", str(tmp_path / "store"), "--methods", "nobody"]) == 2
     assert main(["evaluate", str(tmp_path / "no-run"), "--data", str(tmp_path / "store")]) == 2
     assert "nobody" in (errors := capsys.readouterr().err) and "no such run folder" in errors
+
+
+def test_a_terminal_narrower_than_a_table_leaves_nothing_out(monkeypatch, capsys):
+    from worldmodel.tools.terminal import print_table
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    columns, row = [f"column {i}" for i in range(12)], [f"0.123 / 0.456 / {i}" for i in range(12)]
+    print_table("title", columns, [row])
+    printed = capsys.readouterr().out
+    assert all(cell in printed for cell in [*columns, *row]) and len(printed.splitlines()) == 4
 
 
 LOGS = os.environ.get("WM_TEST_LOGS")

@@ -13,7 +13,7 @@ import pytest
 
 from sensors import files
 from sensors import ingest as module
-from sensors.adapters import kitti_raw
+from sensors.adapters import kitti_raw, nuscenes
 from sensors.errors import Interrupted, UsageError
 from sensors.ingest import ingest
 from sensors.store.reader import open_store
@@ -91,6 +91,18 @@ def test_an_unreadable_sweep_costs_itself_and_an_unreadable_log_itself(tmp_path,
     assert "0000000002.bin" in found.reasons[0].reason
     (kept,) = (tmp_path / "s/quarantine").iterdir()
     assert json.loads(kept.read_text())["log"].endswith("0003_sync")
+
+
+def test_a_log_whose_files_are_not_there_is_quarantined_and_taken_once_they_are(tmp_path):
+    root = nuscenes.write_sample(tmp_path / "raw")
+    for folder in ("samples", "sweeps"):
+        (root / folder).rename(tmp_path / folder)
+    found = ingest([root], tmp_path / "s")
+    assert (found.seen, found.stored, found.quarantined, found.exit_code) == (1, 0, 1, 3)
+    assert "it holds none, fetch its files" in found.reasons[0].reason and "LIDAR_TOP: listed, file absent: 13" in found.reasons[0].reason
+    for folder in ("samples", "sweeps"):
+        (tmp_path / folder).rename(root / folder)
+    assert ingest([root], tmp_path / "s").stored == 1 and list((tmp_path / "s/quarantine").iterdir()) == []
 
 
 def test_a_pipe_or_a_link_out_in_place_of_a_file_is_not_waited_for(tmp_path, raw):
@@ -254,7 +266,7 @@ def test_a_worker_that_is_killed_costs_its_log_and_the_rest_is_stored(tmp_path, 
 import os, signal, sys
 from pathlib import Path
 from sensors import ingest
-from sensors.adapters import kitti_raw
+from sensors.adapters import kitti_raw, nuscenes
 if __name__ == "__main__":
     found = ingest.ingest([Path({str(raw)!r})], {str(tmp_path / "s")!r}, workers=2)
     print(found.seen, found.stored, found.quarantined)
@@ -277,6 +289,40 @@ elif not hasattr(kitti_raw, "patched"):
     counts = list(map(int, lines[0].split()))
     assert counts[0] == 3 == counts[1] + counts[2]
     assert open_store(tmp_path / "s").verify() == [] and "kitti_raw/2011_09_26_drive_0003_sync" in open_store(tmp_path / "s").ids
+
+
+@pytest.mark.slow
+def test_a_source_on_whose_opening_every_worker_dies_ends_the_call(tmp_path, raw):
+    code = f"""
+import os
+from sensors.adapters import kitti_raw
+if __name__ == "__main__":
+    import sys
+    from worldmodel.tools.cli import main
+    sys.exit(main(["ingest", {str(raw)!r}, {str(tmp_path / "s")!r}, "--dataset", "kitti_raw", "--workers", "2"]))
+kitti_raw.open_logs = lambda path, options: os._exit(7)
+"""
+    (tmp_path / "run.py").write_text(code)
+    done = subprocess.run([sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "6 workers in a row" in last and str(raw) in last and "code 7" in last and "0 logs were stored" in last
+    assert list((tmp_path / "s/quarantine").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_before_it_is_given_work_is_one_that_died(tmp_path, raw, monkeypatch):
+    hire, hired = module._hire, []
+
+    def dead_at_first(job):
+        hired.append(hire(job))
+        if len(hired) == 1:
+            hired[0].process.kill()
+            hired[0].process.join()
+        return hired[-1]
+
+    monkeypatch.setattr(module, "_hire", dead_at_first)
+    found = ingest([raw], tmp_path / "s", workers=2)
+    assert (found.seen, found.stored, found.quarantined) == (3, 2, 1) and "signal 9" in found.reasons[0].reason and len(hired) == 3
 
 
 def test_the_commands_say_what_happened(tmp_path, raw, capsys):

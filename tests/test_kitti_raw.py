@@ -1,7 +1,9 @@
 """KITTI raw: what its files leave open, what real drives say, and what hostile ones may not do."""
 
+import errno
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,14 @@ def test_packets_that_are_incomplete_are_dropped_and_counted(drive):
     for file in files:
         file.write_bytes(b"\xff\xfe\0")
     assert open_one(drive).poses is None
+
+
+def test_packets_of_a_unit_without_fix_are_dropped_and_counted(drive):
+    first, *rest = sorted((drive / "oxts" / "data").iterdir())
+    first.write_text("0.0 0.0 " + first.read_text().split(" ", 2)[2])
+    log = open_one(drive)
+    assert len(log.poses.stamps_ns) == len(rest) and log.counts["oxts: packets without position or attitude, dropped"] == 1
+    assert np.abs(log.poses.world_from_ego[:, :3, 3]).max() < 10
 
 
 def test_a_log_without_oxts_or_cameras_is_a_log(drive):
@@ -163,6 +173,35 @@ def test_links_and_pipes_in_place_of_payloads_are_refused(drive, tmp_path):
         with pytest.raises(RecordError):
             log.read_sweep("velodyne", index)
     assert len(log.read_sweep("velodyne", 3).points)
+
+
+def test_folders_that_are_links_out_are_named_where_their_sensor_is_missing(drive, tmp_path):
+    for sensor in ("image_02", "oxts"):
+        (drive / sensor).rename(tmp_path / f"elsewhere-{sensor}")
+        (drive / sensor).symlink_to(tmp_path / f"elsewhere-{sensor}")
+    log = open_one(drive)
+    assert log.cameras == {} and log.poses is None
+    (camera,) = (what for what in log.counts if what.startswith("image_02: left out"))
+    assert "image_02/data/0000000000.png: a link that leads out" in camera
+    (packets,) = (what for what in log.counts if what.startswith("oxts: packets not readable"))
+    assert "oxts/data/0000000000.txt: a link that leads out" in packets and log.counts[packets] == 4
+    assert "oxts: packets without position or attitude, dropped" not in log.counts
+
+
+def test_a_folder_that_may_not_be_read_costs_its_drive_by_name_and_no_other(drive, monkeypatch):
+    shutil.copytree(drive, drive.with_name("2011_09_26_drive_0002_sync"))
+    real = {name: getattr(os, name) for name in ("listdir", "scandir")}
+
+    def locked(name, path):
+        if os.fspath(path).endswith("0001_sync/image_02/data"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real[name](path)
+
+    for name in real:  # root, who may run this, can read every folder
+        monkeypatch.setattr(os, name, lambda path, name=name: locked(name, path))
+    error, healthy = open_source(drive.parent)
+    assert isinstance(error, RecordError) and "0001_sync: image_02/data: Permission denied" in str(error)
+    assert healthy.id.endswith("0002_sync") and set(healthy.cameras) == {"image_02"}
 
 
 def test_an_image_of_another_size_is_refused_naming_both(drive):

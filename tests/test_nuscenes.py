@@ -18,7 +18,9 @@ from sensors.adapters.base import guess, open_source
 from sensors.errors import UsageError, WmError
 from sensors.formats.nuscenes_writer import write_logs
 from sensors.geometry import from_rotation_translation, inverse, points_in, pose_at, project, quaternion_from_rotation, rotation_z, transform_points
+from sensors.ingest import ingest
 from sensors.records import Box, Camera, Image, Labels, Lidar, Log, RecordError, Sweep, Trajectory
+from sensors.store.reader import open_store
 
 START_NS = 1_600_000_000_123_456_000
 # one of each class that the detection benchmark knows: category, its name there, size (l, w, h), speed m/s
@@ -400,6 +402,9 @@ def test_the_version_is_chosen_by_name_where_there_are_several(written, made, tm
         list(open_source(root, options={"version": "v1.0-test"}))
     (log,) = open_source(root, options={"version": "v1.0-mine"})
     assert len(log.read_sweep("LIDAR_TOP", 0).points)
+    ingest([root], tmp_path / "s", options={"version": "v1.0-mine"}, reference=True)  # a store that refers to it keeps the choice
+    stored = open_store(tmp_path / "s")
+    assert np.array_equal(stored.open_log(stored.ids[0]).read_sweep("LIDAR_TOP", 0).points, log.read_sweep("LIDAR_TOP", 0).points)
     (log,) = open_source(root / "v1.0-mini")
     assert len(log.read_sweep("LIDAR_TOP", 0).points)
 
@@ -541,6 +546,8 @@ def test_no_name_leads_out_of_the_root(damaged, tmp_path):
     assert len(log.sweep_stamps_ns["LIDAR_TOP"]) == 13
     refused = sum(count for what, count in log.counts.items() if what.startswith(("LIDAR_TOP: not opened", "LIDAR_TOP: listed, file absent")))
     assert refused == len(HOSTILE_NAMES)
+    (said,) = (what for what in log.counts if what.startswith("LIDAR_TOP: not opened"))  # one line for however many, with one of their names
+    assert log.counts[said] > 1 and "the first: " in said
     assert all("\n" not in what and "\0" not in what for what in log.counts)
 
 
@@ -563,6 +570,23 @@ def test_files_that_are_no_sweeps_are_refused_one_by_one(damaged):
     assert sum(isinstance(outcome, RecordError) for outcome in outcomes) == 4
     assert sorted(len(outcome.points) for outcome in outcomes if isinstance(outcome, Sweep))[0] == 1
     assert log.counts["LIDAR_TOP: points not finite, dropped"] == 1 and log.counts["LIDAR_TOP: points beyond 1000 m, dropped"] == 1
+
+
+@pytest.mark.parametrize("rings", [True, False])
+def test_a_row_that_is_no_point_costs_itself_and_not_its_sweep(damaged, rings):
+    name = min((damaged.root / "samples" / "LIDAR_TOP").iterdir())
+    table = np.fromfile(name, "<f4").reshape(-1, 5)
+    table[:, 4] *= rings
+    table[7] = np.nan
+    name.write_bytes(table.tobytes())
+    log = open_one(damaged.root)
+    sweep = log.read_sweep("LIDAR_TOP", 0)
+    assert len(sweep.points) == (np.abs(table[:, :3]).max(axis=1) > 0.1).sum() and log.counts["LIDAR_TOP: points not finite, dropped"] == 1
+    assert (sweep.ring is not None) == rings
+    table[8, 4] = np.nan  # a ring that is none, of a point that is one
+    name.write_bytes(table.tobytes())
+    with pytest.raises(RecordError, match="not of 5 float32"):
+        log.read_sweep("LIDAR_TOP", 0)
 
 
 def test_a_camera_calibrated_impossibly_is_left_out_and_the_log_goes_on(damaged):

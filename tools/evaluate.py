@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-log", action="store_true", help="a block for every log too (--json always has them)")
     parser.add_argument("--seed", type=int, metavar="N", default=0, help="of the draw of rays and of hidden sectors (default: %(default)s)")
     parser.add_argument("--checkpoint", metavar="NAME", default="best", help="best, latest or a checkpoint's name (default: %(default)s)")
-    parser.add_argument("--device", metavar="DEV", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", metavar="DEV", default="cpu", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hide-sector", type=float, metavar="DEG", help="withhold a sector this wide, straight ahead, and draw what is filled in")
     parser.add_argument("--rays", type=int, default=40000, metavar="N", help="rays an instant, drawn at random (default: %(default)s; 0: all)")
     parser.add_argument("--checkpoint", metavar="NAME", default="best", help="best, latest or a checkpoint's name (default: %(default)s)")
-    parser.add_argument("--device", metavar="DEV", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", metavar="DEV", default="cpu", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the clips of the data and stop")
     parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier forecast")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

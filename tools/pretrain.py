@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sensors.data import open_data
-    from sensors.files import lock, read_json, write_json
+    from sensors.files import lock, read_json, remove, write_json
     from worldmodel import pretrain, rundir, validation
     from worldmodel.config import load_config
     from worldmodel.tools.terminal import print_json, print_table, reporter
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = validation.device_of(args.device)
     if world > 1:
         # its functions take the group of all ranks as a default: imported later, they would hold the group, and its threads, to the end of
         # the process, where a thread that outlives the interpreter aborts it
@@ -74,7 +74,12 @@ def run(args: argparse.Namespace) -> int:
     report = reporter("step") if rank == 0 else None
     if rank == 0:
         with lock(folder / ".lock", f"run {folder}"):
-            pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict, report=report)
+            try:
+                pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict, report=report)
+            except UsageError:
+                if not args.resume and not (folder / "checkpoints").exists():  # it never began: the corrected command may have the folder
+                    remove(folder / "config.yaml")
+                raise
             pretrain.fit_point_scales(parts, folder)
     else:
         pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict)

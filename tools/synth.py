@@ -77,13 +77,23 @@ def _fill_store(store: Path, wanted: list[tuple[int, dict[str, Any]]], workers: 
             report(done, len(jobs), "")
             (written if _write(job) else present).append(f"synthetic/street-{job[1]:06d}")
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_at_once)
+        try:
             futures = {pool.submit(_write, job): job[1] for job in jobs}
             for done, future in enumerate(as_completed(futures)):
                 (written if future.result() else present).append(f"synthetic/street-{futures[future]:06d}")
                 report(done, len(jobs), "")
+        finally:
+            pool.shutdown(cancel_futures=True)  # what has begun is finished, what waits is not begun
     report(len(jobs), len(jobs), "")
     return sorted(written), sorted(present)
+
+
+def _end_at_once() -> None:
+    """For a worker, which Ctrl-C at a terminal reaches too: it would take the next log. One that is half written is none to the store."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _write(job: tuple[Path, int, dict[str, Any]]) -> bool:

@@ -12,13 +12,17 @@ Report = Callable[[int, int, str], None]
 
 
 def reporter(what: str) -> Report:
-    """A function of (done, total, text): one live line on a terminal, otherwise a line every ten seconds."""
+    """A function of (done, total, text): one live line on a terminal, otherwise a line every ten seconds. With a total of 0 the text is a
+    remark, printed at once and on a line of its own."""
     start = time.monotonic()
     state = {"last": 0.0, "width": 0}
     live = sys.stderr.isatty()
 
     def report(done: int, total: int, text: str = "") -> None:
         now = time.monotonic()
+        if text and not total:
+            print(("\r" if live else "") + f"{what}: {text}".ljust(state["width"]), file=sys.stderr, flush=True)
+            return
         if done < total and now - state["last"] < (0.2 if live else 10.0):
             return
         state["last"] = now
@@ -45,7 +49,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False).print(table)
+    width = Console().width if sys.stdout.isatty() else 200
+    # a narrower console would cut cells and leave whole columns out, of which nobody would learn
+    Console(width=max(width, Console(width=10_000).measure(table).maximum), soft_wrap=False).print(table)
 
 
 def print_json(command: str, **fields: Any) -> None:

@@ -39,9 +39,10 @@ def load(
 
     from worldmodel import backbone
     from worldmodel.trained import Trained
+    from worldmodel.validation import device_of
 
-    path = Path(folder)
+    path, where = Path(folder), device_of(device)
     if backbone.is_export(path):
-        return backbone.of_export(path, out_indices).to(device)
-    trained = Trained(path, which, device)
-    return backbone.of_run(trained, out_indices).to(device) if features_only else trained
+        return backbone.of_export(path, out_indices).to(where)
+    trained = Trained(path, which, where)
+    return backbone.of_run(trained, out_indices).to(where) if features_only else trained

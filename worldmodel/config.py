@@ -80,6 +80,10 @@ class Model:
     head_bins: int
     head_latent_width: int
 
+    def __post_init__(self) -> None:
+        if not 0 < self.rate_hz <= 1000:
+            raise UsageError(f"model.rate_hz: {self.rate_hz:g} frames a second; give a number above 0 and at most 1000")
+
 
 @dataclass(frozen=True)
 class Train:
@@ -127,6 +131,12 @@ class Train:
     autocast: str
     channels_last: str
 
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise UsageError(f"train.threads: {self.threads}; give at least 1")
+        if self.every_s <= 0:
+            raise UsageError(f"train.every_s: {self.every_s:g}; give a number above 0")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -147,11 +157,11 @@ def overlays() -> list[str]:
 def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
     """The defaults, under the overlay `name` (one of `overlays()`, or the path of a YAML file), under `key.sub=value` overrides."""
     folder = importlib.resources.files("worldmodel.configs")
-    tree = _parse((folder / "default.yaml").read_text(), "default.yaml")
+    tree = _parse((folder / "default.yaml").read_bytes(), "default.yaml")
     if name in overlays():
-        over = _parse((folder / f"{name}.yaml").read_text(), f"{name}.yaml")
+        over = _parse((folder / f"{name}.yaml").read_bytes(), f"{name}.yaml")
     elif Path(name).is_file():
-        over = _parse(Path(name).read_text(), one_line(name))
+        over = _parse(Path(name).read_bytes(), one_line(name))
     else:
         near = difflib.get_close_matches(name, overlays(), 1)
         raise UsageError(f"config {one_line(name)!r}: neither a file nor one of {', '.join(overlays())}{_hint(near)}")
@@ -188,7 +198,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _parse(text: str, source: str) -> dict[str, Any]:
+def _parse(text: bytes, source: str) -> dict[str, Any]:
     if len(text) > 1 << 20:
         raise UsageError(f"{source}: larger than 1 MiB; it is no configuration")
     try:
@@ -241,7 +251,11 @@ def _typed(kind: Any, value: Any, path: str, source: str) -> Any:
         if unknown := sorted(set(value) - set(hints)):
             near = difflib.get_close_matches(unknown[0], list(hints), 1)
             raise UsageError(f"{source}: {one_line(path + unknown[0])} is no key of the configuration{_hint(near)}")
-        return kind(**{key: _typed(hint, value[key], f"{path}{key}.", source) for key, hint in hints.items()})  # type: ignore[operator]
+        fields = {key: _typed(hint, value[key], f"{path}{key}.", source) for key, hint in hints.items()}
+        try:
+            return kind(**fields)  # type: ignore[operator]
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from error
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise wrong

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sensors.clips import clips_of
 from sensors.data import Part, open_data
 from sensors.errors import UsageError, one_line
@@ -140,7 +138,7 @@ def train_on(parts: Sequence[Part], config: Config, run: Path, report: Callable[
     """Probe the machine, make the run folder, train."""
     import dataclasses
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = validation.device_of("auto")
     autocast, channels_last = validation.probe_bf16(config, device)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, autocast=autocast, channels_last=channels_last))
     rundir.create(run, config, parts)

@@ -403,6 +403,7 @@ def evaluate(
     logs: list[str] = []
     rows_by_log: list[Row] = []
     movers: Movers | None = None
+    first_error = ""
     for done, clip in enumerate(clips):
         if not logs or clip.log.id != logs[-1]:
             if logs:
@@ -418,6 +419,7 @@ def evaluate(
             present = rays_of(clip, clip.past[-1], rays_asked, seed) if hidden_sector else None
         except WmError as error:
             table.unreadable += 1
+            first_error = first_error or f"{one_line(clip.id, 120)}: {one_line(error, 200)}"
             clip.log.counts[f"evaluation: clip left out ({one_line(error, 80)})"] += 1
             continue
         assert movers is not None
@@ -432,6 +434,8 @@ def evaluate(
             total[name].add(sums, counts, len(logs) - 1)
             of_log[name].add(sums, counts, len(logs) - 1)
         table.clips += 1
+    if not table.clips:
+        raise WmError(f"none of the {len(clips)} clips is readable; look at the data with `wm check`; the first is {first_error}")
     rows_by_log += [row for tally in of_log.values() for row in tally.rows(logs[-1])]
     table.extend(row for tally in total.values() for row in tally.rows(None))
     table.extend(rows_by_log)

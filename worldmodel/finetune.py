@@ -66,6 +66,10 @@ class Plan:
     every_s: float = 0.5
     threads: int = 2
 
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise UsageError(f"--threads {self.threads}: give at least 1")
+
 
 @dataclass(frozen=True)
 class Result:

@@ -62,8 +62,15 @@ def clips_of_parts(parts: Sequence[Part], config: Config) -> tuple[list[Clip], l
         clips += found
         weights += [part.weight] * len(found)
     if not clips:
-        raise UsageError(f"the data hold no clip of {m.past} past and {m.future} future frames at {m.rate_hz:g} Hz; are the logs long enough?")
+        raise UsageError(f"the data hold no clip of {m.past} past and {m.future} future frames at {m.rate_hz:g} Hz; are the logs long enough, and "
+                         "their sweeps that many a second?")  # fmt: skip
     return clips, weights
+
+
+def without_clips(parts: Sequence[Part], clips: Sequence[Clip]) -> list[str]:
+    """Ids of the logs that gave none of the clips, in order."""
+    giving = {clip.log.id for clip in clips}
+    return [log for log in dict.fromkeys(part.log.id for part in parts) if log not in giving]
 
 
 def split(clips: Sequence[Clip], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -262,6 +269,9 @@ def train(
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a seventh of a step
     clips, weights = clips_of_parts(parts, config)
+    silent = without_clips(parts, clips)
+    if report and silent:
+        report(0, 0, f"{len(silent)} logs give no clip (too short, too few sweeps a second, or gaps): {one_line(', '.join(silent))}")
     train_rows, held_rows = split(clips, tc.validation, config.seed)
     if not train_rows:
         raise UsageError("nothing is left to train on after holding clips out; set train.validation=0 or give longer logs")
@@ -281,7 +291,7 @@ def train(
             if strict:
                 raise WmError(line)
             if report:
-                report(0, tc.steps, f"skipped a checkpoint: {line}")
+                report(0, 0, f"skipped a checkpoint: {line}")
         if newest is not None:
             model.load_state_dict(newest.weights)
             checkpoint.restore_optimizers(optimizers, model, newest.optimizer)
@@ -357,7 +367,7 @@ def train(
                         save(step, measured)
                         raise WmError(f"step {step}: {line}")
                     if report:
-                        report(step, tc.steps, f"ALARM: {line}")
+                        report(0, 0, f"ALARM at step {step}: {line}")
             journal.write(step, elapsed, scalars)
             if over or stopped or step % tc.save_every == 0 or measured is not None:
                 save(step, measured)

@@ -69,7 +69,7 @@ def _config(encoder: Encoder, shown: Any, what: str) -> Config:
         model[own] = shown.get(key, model[own])
     config = config_of({**tree_of(config), "model": model}, f"{what}/{MANIFEST}, input")
     sweeps = config.model.latent_sweeps
-    if not sweeps or not all(0 <= back < 1000 for back in sweeps) or not 0 < config.model.rate_hz <= 1000:
-        raise WmError(f"{what}/{MANIFEST}: input.sweeps {list(sweeps)} at {config.model.rate_hz} Hz cannot be; export the run again")
+    if not sweeps or not all(0 <= back < 1000 for back in sweeps):
+        raise WmError(f"{what}/{MANIFEST}: input.sweeps {list(sweeps)} cannot be; export the run again")
     train = dataclasses.replace(config.train, autocast="off")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, past=max(sweeps) + 1), train=train)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sensors.errors import WmError
+from sensors.errors import UsageError, WmError, one_line
 from sensors.kernels.mixture import quantiles
 from sensors.records import Clip
 from worldmodel import calibration, health
@@ -155,6 +155,22 @@ def _first(mixture: Mixture, count: int) -> Mixture:
     return Mixture(*(getattr(mixture, name)[:count].float().cpu() for name in ("centre", "scale", "log_mass", "log_left")), None, None)  # type: ignore[arg-type]
 
 
+def device_of(name: str) -> torch.device:
+    """What `--device` names: cpu, cuda, cuda:N, or auto, which is cuda where there is a GPU."""
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {one_line(name)}: not one of cpu, cuda, cuda:N, auto")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UsageError(f"--device {one_line(name)}: torch finds {gpus} GPUs here, counted from 0; `wm doctor` says why, cpu works everywhere")
+    return device
+
+
 def to(value: Any, device: torch.device) -> Any:
     """A batch, or any record of tensors, on the device."""
     if isinstance(value, torch.Tensor):
@@ -170,8 +186,6 @@ def probe_bf16(config: Config, device: torch.device) -> tuple[str, str]:
 
     auto, last = config.train.autocast, config.train.channels_last
     if auto not in ("auto", "bf16", "off") or last not in ("auto", "on", "off"):
-        from sensors.errors import UsageError
-
         raise UsageError(f"train.autocast is {auto!r} and train.channels_last {last!r}; they are auto, bf16 or off, and auto, on or off")
     if "auto" not in (auto, last):
         return auto, last

@@ -136,15 +136,19 @@ class _Drive:
     def _listing(self, sensor: str, suffixes: tuple[str, ...]) -> dict[int, str]:
         """Names of the data files, relative to the drive, by the number that is their stem; earlier suffixes win."""
         folder = self.folder / sensor / "data"
+        try:
+            names = os.listdir(folder) if folder.is_dir() else []
+        except OSError as error:
+            raise RecordError(f"{sensor}/data: {error.strerror or error}; make the folder readable and run again") from error
         found: dict[int, tuple[int, str]] = {}
-        for entry in os.scandir(folder) if folder.is_dir() else ():
-            stem, suffix = os.path.splitext(entry.name)
+        for name in names:
+            stem, suffix = os.path.splitext(name)
             if suffix not in suffixes or not re.fullmatch(r"[0-9]{1,10}", stem):
                 self.counts[f"{sensor}: files of other names, ignored"] += 1
                 continue
-            candidate = (suffixes.index(suffix), f"{sensor}/data/{entry.name}")
+            candidate = (suffixes.index(suffix), f"{sensor}/data/{name}")
             found[int(stem)] = min(candidate, found.get(int(stem), candidate))
-        return {index: name for index, (_, name) in sorted(found.items())}
+        return {index: file for index, (_, file) in sorted(found.items())}
 
     def _stamps(self, sensor: str) -> list[int | None] | None:
         """Per line of timestamps.txt its stamp or None; None without such a file or without any stamp in it."""
@@ -203,12 +207,13 @@ class _Drive:
         return Camera(name, self.ego_from_rect @ inverse(camera_from_rect), k_px, width, height, rate_hz=RATE_HZ)
 
     def _size_on_disk(self, listing: dict[int, str]) -> tuple[int, int]:
+        errors = []
         for name in listing.values():
             try:
                 return image_size(read_beneath(self.folder, name, MAX_BYTES), name)
-            except RecordError:
-                continue
-        raise RecordError(f"none of {len(listing)} images is readable")
+            except RecordError as error:
+                errors.append(error)
+        raise RecordError(f"none of {len(listing)} images is readable, the first: {errors[0]}")
 
     def _poses(self) -> tuple[Trajectory | None, tuple[Array, Array] | None]:
         """The trajectory, and the forward speed that the unit measured (stamps (N,), m/s (N,)), of the packets that are complete enough."""
@@ -216,14 +221,17 @@ class _Drive:
         if not listing:
             return None, None
         stamps, items = self._joined("oxts", listing, self._own_or_scanner_stamps("oxts"))
-        packets = []
+        packets, errors = [], []
         for _, name in items:
             try:
                 packets.append(kitti.read_packet(read_beneath(self.folder, name, 1 << 16).decode("utf-8", "replace")))
-            except RecordError:
+            except RecordError as error:
+                errors.append(error)
                 packets.append(None)
         good = np.array([packet is not None for packet in packets], bool)
-        self.counts["oxts: packets without position or attitude, dropped"] += int((~good).sum())
+        self.counts["oxts: packets without position or attitude, dropped"] += int((~good).sum()) - len(errors)
+        if errors:
+            self.counts[f"oxts: packets not readable, dropped (the first: {errors[0]})"] += len(errors)
         kept = [packet for packet in packets if packet is not None]
         if not kept:
             return None, None

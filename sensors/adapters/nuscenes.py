@@ -81,9 +81,7 @@ def tables_of(path: Path, options: Mapping[str, str]) -> Path:
     if len(chosen) != 1:
         found = ", ".join(folder.name for folder in versions) or "none"
         what = "holds several versions" if chosen else "has no tables of that version" if wanted else "has no folder v1.0-* with tables"
-        raise UsageError(
-            f"{one_line(path)}: {what} (found: {one_line(found)}); give the folder that holds VERSION/ and samples/, or option version=NAME"
-        )
+        raise UsageError(f"{one_line(path)}: {what} (found: {one_line(found)}); give the folder that holds VERSION/ and samples/, or VERSION/ itself")
     return chosen[0]
 
 
@@ -488,12 +486,12 @@ class _Recording:
 
     def _listed(self, channel: str, rows: Sequence[_Data]) -> Array:
         """Stamps (N,) of the rows whose file is there; the files are kept in `items`."""
-        present = []
+        present, errors = [], []
         for row in rows:
             try:
                 path = locate_beneath(self.root, row.filename)
             except RecordError as error:
-                self.counts[f"{one_line(channel)}: not opened ({error})"] += 1
+                errors.append(error)
                 continue
             if not os.path.isfile(path):
                 self.counts[f"{one_line(channel)}: listed, file absent"] += 1
@@ -501,6 +499,8 @@ class _Recording:
                 self.counts[f"{one_line(channel)}: stamp below zero, dropped"] += 1
             else:
                 present.append(row)
+        if errors:
+            self.counts[f"{one_line(channel)}: not opened (the first: {errors[0]})"] += len(errors)
         stamps, kept = in_order([row.timestamp * 1000 for row in present], present, one_line(channel), self.counts)
         self.items[channel] = [_Item(row.token, row.filename) for row in kept]
         if not kept:
@@ -553,7 +553,7 @@ class _Recording:
         rings = _rings(table)
         intensity = table[:, 3]
         inside = (intensity >= 0) & (intensity <= 255)
-        if inside[keep].mean() < 0.99 or (rings is None and table[:, 4].any()):
+        if inside[keep].mean() < 0.99 or (rings is None and table[keep, 4].any()):
             name = one_line(self.items[lidar][index].name)
             raise RecordError(f"{self.scene.name}, {name}: columns 4 and 5 are not intensity 0..255 and ring; not of 5 float32 a point?")
         found[f"{lidar}: intensity clipped to 0..255"] += int((~inside[keep]).sum())
@@ -659,12 +659,13 @@ def _rate(stamps_ns: Array, nominal_hz: float) -> float:
 
 
 def _rings(table: Array) -> Array | None:
-    """Ring (N,) u16 of the fifth column; None where it is all zero (nothing was said) or not small integers."""
-    ring = table[:, 4]
+    """Ring (N,) u16 of the fifth column; None where it is all zero (nothing was said) or not small integers. Rows whose point is not finite are
+    dropped and counted by `usable`: they have no say, and the ring 0 where theirs is none."""
+    ring, finite = table[:, 4], np.isfinite(table[:, :3]).all(axis=1)
     with np.errstate(invalid="ignore"):
-        whole = bool(((ring >= 0) & (ring < 1024) & (ring == np.floor(ring))).all())
-    rings: Array = ring.astype(np.uint16)
-    return rings if whole and ring.any() else None
+        whole = (ring >= 0) & (ring < 1024) & (ring == np.floor(ring))
+    rings: Array = np.where(whole, ring, 0).astype(np.uint16)
+    return rings if whole[finite].all() and rings[finite].any() else None
 
 
 def _times(rings: Array | None) -> Array | None:

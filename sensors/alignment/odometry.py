@@ -79,14 +79,15 @@ def _start_pose(log: Log, stamp_ns: int) -> Array:
     return np.eye(4)
 
 
-def _trajectory(log: Log, lidar: str, indices: list[int], lidar_poses: list[Array], source: str) -> Trajectory:
-    """Ego poses of lidar poses (any common frame), so placed that the first one is the log's."""
+def _trajectory(log: Log, lidar: str, indices: list[int], lidar_poses: list[Array], source: str, world_from_local: Array | None = None) -> Trajectory:
+    """Ego poses of lidar poses of a common frame: world_from_local says which; without it they are so placed that the first one is the log's."""
     if not indices:
         raise RecordError(f"log {log.id}: no readable sweep of {lidar}; poses cannot be made from it")
     stamps = log.sweep_stamps_ns[lidar][indices]
     lidar_from_ego = inverse(log.lidars[lidar].ego_from_lidar)
     poses = np.stack(lidar_poses) @ lidar_from_ego
-    world_from_local = _start_pose(log, int(stamps[0])) @ inverse(poses[0])
+    if world_from_local is None:
+        world_from_local = _start_pose(log, int(stamps[0])) @ inverse(poses[0])
     return Trajectory(stamps, world_from_local @ poses, source)
 
 
@@ -217,7 +218,7 @@ def register(source: Array, target: Planes, target_from_source: Array) -> tuple[
 def refined(log: Log, report: Report | None = None) -> Trajectory:
     """Poses by point-to-plane registration of each sweep to the TARGETS before it, in their refined places; source ``refined``.
 
-    Each starts from the step that the log's poses say, or `odometry` where the log has none or they do not cover the sweeps. A pose at t
+    Each starts from the step that the log's poses say, or `odometry` where the log has none and beyond their ends. A pose at t
     has seen sweeps at <= t only (the start of `odometry` apart). Points are used as recorded, as the forecasts that these poses serve do. A
     sweep that does not register (fewer than MIN_MATCHED points match, or it would move more than MAX_MOVED_M) keeps the start's step and is
     counted in ``log.counts``. report(done, total, text) is called per sweep. RecordError without a readable sweep."""
@@ -225,14 +226,7 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
     stamps = log.sweep_stamps_ns[lidar]
     if not len(stamps):
         raise RecordError(f"log {log.id}: no sweep of {lidar}; poses cannot be made from it")
-    start = log.poses
-    try:
-        if start is None:
-            raise RecordError("no poses")
-        given = pose_at(start, stamps)
-    except RecordError:
-        start = odometry(log, report)
-        given = pose_at(start, stamps, max_extrapolation_s=1e9)
+    start, given = _start(log, stamps, report)
     ego_from_lidar = log.lidars[lidar].ego_from_lidar
     given = given @ ego_from_lidar
     recent: deque[tuple[int, Array]] = deque(maxlen=TARGETS)
@@ -262,7 +256,26 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
         indices.append(index)
         poses.append(pose)
         recent.append((int(stamps[index]), transform_points(pose, cloud)))
-    return _trajectory(log, lidar, indices, poses, "refined")
+    return _trajectory(log, lidar, indices, poses, "refined", np.eye(4))
+
+
+def _start(log: Log, stamps_ns: Array, report: Report | None) -> tuple[Trajectory, Array]:
+    """Whose poses the sweeps at stamps_ns (N,) start from, and world_from_ego (N,4,4)."""
+    given = log.poses
+    covered = np.zeros(len(stamps_ns), bool) if given is None else given.covers(stamps_ns)
+    if given is not None and covered.all():
+        return given, pose_at(given, stamps_ns)
+    found = odometry(log, report)
+    steps = pose_at(found, stamps_ns, max_extrapolation_s=1e9)
+    if given is None or not covered.any():
+        return found, steps
+    log.counts[f"{log.reference_lidar}: beyond the {given.source} poses, step from odometry"] += int((~covered).sum())
+    poses = np.empty_like(steps)
+    poses[covered] = pose_at(given, stamps_ns[covered])
+    first, last = np.flatnonzero(covered)[[0, -1]]  # what is covered lies in one piece
+    for rows, end in ((slice(0, first), first), (slice(last + 1, None), last)):
+        poses[rows] = poses[end] @ inverse(steps[end]) @ steps[rows]
+    return given, poses
 
 
 def _orthonormal(rotation: Array) -> Array:

@@ -33,6 +33,8 @@ VOXEL_M = 0.25
 MIN_RANGE_M, MAX_RANGE_M = 3.0, 40.0
 AZIMUTH_BINS = 180
 MIN_MATCHED = 500
+# nothing on wheels gets as far in PAIR_S: the poses jump, and clouds so far apart are not for the registration
+FAR_M = 200.0
 # what makes a warning
 MOVED_M, THIN_SHARE, COVERAGE_SHARE = 0.10, 0.5, 0.8
 
@@ -54,7 +56,8 @@ class SweepSamples:
 @dataclass(frozen=True)
 class Pair:
     """Two sweeps joined by the poses: the median distance from the later one's points to the earlier cloud, m, as the poses have it and
-    after registration; how far registration moved and turned the later sweep. registered: whether there was enough to match."""
+    after registration; how far registration moved and turned the later sweep. registered: whether there was enough to match. Where the poses
+    put the two more than FAR_M apart, nothing is registered and both distances are how far apart that is."""
 
     from_ns: int
     to_ns: int
@@ -139,8 +142,10 @@ def cloud_in_ego(log: Log, lidar: str, index: int) -> Array:
 
 def pair_indices(log: Log) -> list[tuple[int, int]]:
     """Indices of at most PAIRS pairs of the reference LiDAR's sweeps, PAIR_S apart (within a tenth) and covered by poses."""
+    if log.poses is None or not log.lidars:
+        return []
     stamps = log.sweep_stamps_ns[log.reference_lidar]
-    if log.poses is None or len(stamps) < 2:
+    if len(stamps) < 2:
         return []
     later = nearest_index(stamps, stamps + int(PAIR_S * 1e9))
     apart = (stamps[later] - stamps) / 1e9
@@ -158,7 +163,7 @@ def _pairs(log: Log, report: Callable[[int, int, str], None] | None) -> tuple[Pa
         if report:
             report(done, len(wanted), "poses")
         try:
-            first, second = (thinned(cloud_in_ego(log, lidar, index), VOXEL_M) for index in (earlier, later))
+            first, second = (cloud_in_ego(log, lidar, index) for index in (earlier, later))
         except WmError:
             continue
         if not (len(first) and len(second)):
@@ -166,6 +171,12 @@ def _pairs(log: Log, report: Callable[[int, int, str], None] | None) -> tuple[Pa
         assert log.poses is not None
         world_from_first, world_from_second = pose_at(log.poses, stamps[[earlier, later]])
         first_from_second = inverse(world_from_first) @ world_from_second
+        # a jump within a sweep tears its own cloud apart where points have times
+        apart = max(float(np.linalg.norm(first_from_second[:3, 3])), float(np.abs(first).max()), float(np.abs(second).max()))
+        if apart > FAR_M:
+            found.append(Pair(int(stamps[earlier]), int(stamps[later]), apart, apart, 0.0, 0.0, registered=False))
+            continue
+        first, second = thinned(first, VOXEL_M), thinned(second, VOXEL_M)
         target = Planes(first)
         # started in the later sweep's frame, so that what registration adds is measured at the sensor
         moved, matched, _ = register(second, Planes(transform_points(inverse(first_from_second), first)), np.eye(4))
@@ -197,8 +208,13 @@ def _warnings(sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...]) -> list[
         if narrow:
             out.append(f"{name}: {narrow} of {len(s.points)} sampled sweeps see less of the surroundings than usual; packets lost?")
     known = [pair for pair in pairs if pair.registered]
-    if pairs and len(known) < len(pairs):
-        out.append(f"poses: {len(pairs) - len(known)} of {len(pairs)} pairs of sweeps {PAIR_S} s apart cannot be registered to each other")
+    far = [pair.median_m for pair in pairs if not pair.registered and pair.median_m > FAR_M]
+    if far:
+        what = f"{len(far)} of {len(pairs)} pairs of sweeps {PAIR_S:g} s apart lie up to {max(far):.0f} m apart by the poses"
+        out.append(f"poses: {what} and were not registered; the trajectory jumps, ingest with --poses odometry")
+    if len(known) + len(far) < len(pairs):
+        unmatched = len(pairs) - len(known) - len(far)
+        out.append(f"poses: {unmatched} of {len(pairs)} pairs of sweeps {PAIR_S} s apart cannot be registered to each other")
     if known:
         moved = np.array([pair.moved_m for pair in known])
         if np.median(moved) > MOVED_M or moved.max() > 3 * MOVED_M:

@@ -82,7 +82,8 @@ class Packet:
 
 
 def read_packet(text: str) -> Packet | None:
-    """The packet of one OXTS file; None where fields are missing or the position or attitude is not a finite number in its bounds."""
+    """The packet of one OXTS file; None where fields are missing, the position or attitude is not a finite number in its bounds, or the
+    position is 0 north, 0 east to the last digit: what a unit writes that has no fix yet."""
     words = text.split()
     if len(words) != OXTS_FIELDS:
         return None
@@ -91,7 +92,7 @@ def read_packet(text: str) -> Packet | None:
     except ValueError:
         return None
     place = np.array([latitude, longitude, altitude, roll, pitch, yaw])
-    if not bool((np.abs(place) <= (89.9, 360.0, 1e5, 7.0, 7.0, 7.0)).all()):
+    if not bool((np.abs(place) <= (89.9, 360.0, 1e5, 7.0, 7.0, 7.0)).all()) or latitude == longitude == 0:
         return None
     return Packet(latitude, longitude, altitude, roll, pitch, yaw, forward)
 

@@ -36,10 +36,13 @@ def read_beneath(root: Path, name: str, limit_bytes: int) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise RecordError(f"{shown}: not a regular file; it is not read")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size > limit_bytes:
-            raise RecordError(f"{shown}: {status.st_size} bytes, more than {limit_bytes} that such a file can have")
-        data = file.read(limit_bytes + 1)
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            if status.st_size > limit_bytes:
+                raise RecordError(f"{shown}: {status.st_size} bytes, more than {limit_bytes} that such a file can have")
+            data = file.read(limit_bytes + 1)
+    except OSError as error:
+        raise RecordError(f"{shown}: {error.strerror or error}; fetch it again") from error
     if len(data) != status.st_size:
         raise RecordError(f"{shown}: {len(data)} bytes read where {status.st_size} were expected; it changed while it was read")
     return data

@@ -214,7 +214,7 @@ _MANIFEST: dict[str, Callable[[Any], bool]] = {
     "quarantined": _listed(_object({"sensor": _text, "stamp_ns": _optional(_stamp), "reason": _text})),
     "options": lambda value: isinstance(value, dict),
     "source": _optional(_object({"digest": _text, "files": _count, "bytes": _count})),
-    "reference": _optional(_object(_REFERENCE)),
+    "reference": _optional(lambda value: _object(_REFERENCE)(value) and _mapped(_text)(value.get("options", {}))),
     "folder": _text,
     "files": lambda value: isinstance(value, list),
     "digest": _text,

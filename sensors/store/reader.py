@@ -251,7 +251,7 @@ class StoredLog:
         path = Path(reference["path"])
         if not path.exists():
             raise files.BadFile(f"{self._what}: refers to {one_line(path)}, which is not there; put it back or ingest the log again")
-        for found in open_source(path, reference["dataset"]):
+        for found in open_source(path, reference["dataset"], reference.get("options", {})):
             if isinstance(found, Log) and found.id == self._manifest["id"]:
                 return found
         raise files.BadFile(f"{self._what}: is no longer in {one_line(path)}; put it back or ingest the log again")

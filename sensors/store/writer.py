@@ -28,10 +28,11 @@ POSE_SLACK_NS = 100_000_000
 
 @dataclass(frozen=True)
 class Reference:
-    """Where the originals are that a store refers to instead of copying: the path given to the adapter, and the adapter's name."""
+    """Where the originals are that a store refers to instead of copying: the path given to the adapter, the adapter's name and its options."""
 
     path: Path
     dataset: str
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -154,12 +155,16 @@ class _Writer:
         self.labels = self._read("labels", None, log.open_labels) if labels else None
         lidars = {name: layout.lidar_json(lidar) | self._sweeps(name) for name, lidar in log.lidars.items()}
         cameras = {name: layout.camera_json(camera) | self._images(name) for name, camera in log.cameras.items()}
-        if not any(len(stamps) for stamps in self.kept.values()) and (lidars or cameras):
-            reason = self.quarantined[0]["reason"] if self.quarantined else "it holds none"
+        if not any(len(stamps) for stamps in self.kept.values()):
+            # the adapter's counts say what became of the files
+            counted = [f"{what}: {count}" for what, count in log.counts.items() if count > 0]
+            none = "; ".join(("it holds none, fetch its files", *counted))
+            reason = self.quarantined[0]["reason"] if self.quarantined else one_line(none, 240)
             raise RecordError(f"log {one_line(log.id)}: not one readable sweep or image ({reason})")
         manifest = layout.log_json(log) | {"lidars": lidars, "cameras": cameras, "labels": self._labels(), "frames": self._frames()}
         manifest |= {"poses": self._poses(), "measured_speed": self._speed()}
-        manifest["reference"] = self.reference and {"path": str(self.reference.path.resolve()), "dataset": self.reference.dataset}
+        from_ = self.reference
+        manifest["reference"] = from_ and {"path": str(from_.path.resolve()), "dataset": from_.dataset, "options": dict(from_.options)}
         counts = Counter({key: int(count) for key, count in log.counts.items() if count > 0})
         counts.update(f"{row['sensor']}: unreadable, quarantined" for row in self.quarantined)
         return manifest | {"counts": dict(counts), "quarantined": self.quarantined}

@@ -9,7 +9,7 @@ from sensors.alignment.odometry import START_SWEEPS, odometry, refined, register
 from sensors.geometry import from_rotation_translation, inverse, pose_at, rotation_z, transform_points
 from sensors.kernels.directions import View
 from sensors.kernels.registration import Planes, thinned
-from sensors.records import RecordError
+from sensors.records import RecordError, Trajectory
 from tests.alignment.conftest import make_log, relative_errors, trajectory_of, true_poses
 
 
@@ -42,6 +42,18 @@ def test_refined_poses_undo_a_drift_of_half_a_metre_per_second():
 def test_refined_starts_from_odometry_where_there_are_no_poses():
     log = make_log(8)
     assert relative_errors(refined(log).world_from_ego, true_poses(log)).max() < 0.012
+
+
+def test_refined_keeps_the_world_of_poses_that_do_not_cover_every_sweep():
+    log = make_log(10)
+    given = trajectory_of(log, drifting)
+    far_off = from_rotation_translation(rotation_z(2.0)[:3, :3], (500.0, 900.0, 40.0))
+    cut = Trajectory(given.stamps_ns[3:8], far_off @ given.world_from_ego[3:8], "gnss")
+    log = dataclasses.replace(log, poses=cut)
+    found = refined(log)
+    assert relative_errors(found.world_from_ego, true_poses(log)).max() < 0.012
+    assert np.linalg.norm(found.world_from_ego[3, :3, 3] - cut.world_from_ego[0, :3, 3]) < 0.3
+    assert log.counts["top: beyond the gnss poses, step from odometry"] == 10 - 5 - 2  # two lie within a tenth of a second of the ends
 
 
 def test_refined_never_sees_the_future():

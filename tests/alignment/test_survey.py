@@ -25,6 +25,19 @@ def test_true_poses_have_nothing_to_correct_and_slow_ones_are_measured():
     assert any("0.35 m" in line and "refined" in line for line in slow.warnings)
 
 
+@pytest.mark.parametrize("rolling", [False, True])
+def test_poses_that_jump_across_the_earth_are_told_and_not_registered(rolling):
+    """With times in the sweeps, the one within which the poses jump is torn apart, too."""
+    log = make_log(25, rolling=rolling)
+    jump_s = (log.sweep_stamps_ns["top"][12] - log.sweep_stamps_ns["top"][0]) / 1e9 - 0.001
+    far = lambda t: from_rotation_translation(np.eye(3), (6e6 * (t < jump_s), 0, 0))  # noqa: E731
+    found = survey(dataclasses.replace(log, poses=trajectory_of(log, far)))
+    jumped = [pair for pair in found.pairs if not pair.registered]
+    assert 0 < len(jumped) < len(found.pairs) == 6 and all(pair.median_m > 1e5 for pair in jumped)
+    (line,) = (line for line in found.warnings if "jumps" in line)
+    assert f"{len(jumped)} of 6" in line and "odometry" in line and not any("cannot be registered" in line for line in found.warnings)
+
+
 def test_unreadable_and_thin_sweeps_are_told():
     log = make_log(6, broken=(2,))
     whole = log.read_sweep

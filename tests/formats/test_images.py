@@ -2,7 +2,9 @@
 
 import io
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -138,3 +140,10 @@ def test_damaged_bytes_give_pixels_of_the_declared_size_or_one_line(kind, place,
             assert decode(image(data, width, height)).shape == (height, width, 3)
     except RecordError as error:
         assert "\n" not in str(error)
+
+
+def test_decoding_in_threads_leaves_the_filter_of_warnings_alone():
+    data, before = encoded(), list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: decode(image(data)), range(200)))
+    assert warnings.filters == before

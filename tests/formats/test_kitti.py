@@ -68,8 +68,11 @@ def test_packets_need_thirty_fields_and_a_place_on_earth():
     whole = kitti.read_packet(packet(49.0, 8.4, 112, 0.1, 0.2, 0.3, 0, 0, 9.5))
     assert (whole.latitude_deg, whole.yaw_rad, whole.forward_mps) == (49.0, 0.3, 9.5)
     assert np.isnan(kitti.read_packet(packet(49.0, 8.4, 112, 0, 0, 0, "nan", "nan", "nan")).forward_mps)
+    assert kitti.read_packet(packet(0, 8.4, 112)) is not None and kitti.read_packet(packet(0.5, 0, 112)) is not None  # Africa
     for text in (
         "",
+        packet(0, 0, 112),
+        packet("-0.0", "0.0000000", 112),
         packet(49, count=29),
         packet(49, count=31),
         packet("nan", 8),

@@ -1,5 +1,7 @@
 """Point files that are cut off, of another width or full of nonsense, and names that lead astray."""
 
+import errno
+import io
 import os
 from pathlib import Path
 
@@ -84,6 +86,21 @@ def test_links_are_followed_inside_the_root_only(tmp_path):
         refused(read_beneath, root, name, 10)
     (tmp_path / "alias").symlink_to(root)
     assert read_beneath(tmp_path / "alias", "a/file", 10) == b"data"  # the root itself may be a link
+
+
+def test_a_disk_that_fails_while_it_is_read_costs_that_file_by_name(tmp_path, monkeypatch):
+    (tmp_path / "a.bin").write_bytes(bytes(32))
+
+    class Failing(io.BytesIO):
+        def read(self, *size):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def fails(descriptor, mode):
+        os.close(descriptor)
+        return Failing()
+
+    monkeypatch.setattr(os, "fdopen", fails)
+    assert "a.bin: Input/output error" in refused(read_beneath, tmp_path, "a.bin", 100)
 
 
 def test_only_regular_files_are_read_and_nothing_blocks(tmp_path):

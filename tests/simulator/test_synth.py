@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +52,20 @@ def test_the_nuscenes_format_is_read_back_as_a_log(tmp_path: Path, capsys: pytes
 def test_no_logs_is_a_question_of_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["synth", str(tmp_path / "store"), "--logs", "0"]) == 2
     assert "give at least 1" in capsys.readouterr().err and not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_a_terminal", [True, False])
+def test_an_interrupt_ends_it_before_all_logs_are_made(tmp_path: Path, at_a_terminal: bool) -> None:
+    """At a terminal the signal reaches the workers too."""
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "worldmodel", "synth", str(store), "--logs", "12", "--workers", "2", *SMALL]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(store.glob("logs/*")):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    (os.killpg if at_a_terminal else os.kill)(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert len(open_store(store).ids) < 9 and open_store(store).verify() == []

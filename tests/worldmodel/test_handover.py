@@ -128,6 +128,13 @@ def test_finetuning_compares_all_arms_on_the_same_terms(run, parts):
     assert next(r for r in rows if r["arm"] == "scratch" and r["fraction"] == 1.0)["minus_scratch"] == 0
 
 
+def test_finetuning_without_a_thread_is_a_question_of_usage(run, store, capsys):
+    from worldmodel.tools.cli import main
+
+    assert main(["finetune", "--from", str(run), "--data", str(store), "--threads", "0"]) == 2
+    assert "--threads 0: give at least 1" in capsys.readouterr().err
+
+
 def test_the_rate_falls_from_the_best_weights_on_where_validation_stands_still_but_not_at_once(run, parts, monkeypatch):
     import importlib
 

@@ -16,7 +16,7 @@ from sensors.clips import clips_of
 from sensors.errors import UsageError, WmError
 from sensors.geometry import points_in, transform_points
 from tests.worldmodel.conftest import tiny, train
-from worldmodel import checkpoint, health, pretrain, rundir
+from worldmodel import checkpoint, health, pretrain, rundir, validation
 from worldmodel.batches import collate, prepare, state_from_ego, visit
 from worldmodel.model import WorldModel
 
@@ -129,6 +129,36 @@ def test_sigterm_saves_and_exits_130(store, tmp_path):
     assert process.returncode == 130 and "--resume" in said
     step = checkpoint.load(run, "latest").step
     assert f"saved at step {step}" in said
+
+
+def test_a_log_without_clips_is_named_however_fast_the_lines_come(parts, tmp_path, capsys):
+    from worldmodel.tools.terminal import reporter
+
+    first = dataclasses.replace(parts[0], to_ns=int(parts[0].log.sweep_stamps_ns[parts[0].log.reference_lidar][3]))
+    report = reporter("step")
+    report(0, 9, "a line just before, which holds back the next")
+    train([first, *parts[1:]], tmp_path / "run", tiny("train.steps=1", "train.validation=0.0"), report=report)
+    assert f"step: 1 logs give no clip (too short, too few sweeps a second, or gaps): {parts[0].log.id}\n" in capsys.readouterr().err
+
+
+def test_a_command_that_never_began_leaves_its_folder_to_the_corrected_one(store, tmp_path, capsys):
+    from worldmodel.tools.cli import main
+
+    command = ["pretrain", "--config", "tiny", "--data", str(store), "-o", str(tmp_path / "run"), "--set", "train.threads=1", "train.steps=1"]
+    for wrong, words in (("model.future=500", "no clip"), ("train.validation=1.0", "nothing is left"), ("objectives.none=1", "not one of")):
+        assert main([*command, wrong]) == 2 and words in capsys.readouterr().err
+    assert main([*command, "train.autocast=off", "train.channels_last=off"]) == 0 and checkpoint.load(tmp_path / "run", "latest").step == 1
+    assert main(command) == 2 and "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, words", [("gpu", "not one of cpu, cuda"), ("meta", "not one of cpu, cuda"), ("cuda:99", "GPUs here")])
+def test_a_device_that_is_not_there_is_a_question_of_usage(run, store, tmp_path, capsys, name, words):
+    from worldmodel.tools.cli import main
+
+    for command in (["pretrain", "-o", str(tmp_path / "run")], ["evaluate", str(run)], ["forecast", str(run)]):
+        assert main([*command, "--data", str(store), "--device", name]) == 2
+        assert f"--device {name}: " in (said := capsys.readouterr().err) and words in said
+    assert not (tmp_path / "run").exists() and validation.device_of("auto").type in ("cpu", "cuda")
 
 
 # `wm`, but a thread of the process group that is left at the end is an error: it may ask for the interpreter when that is gone, and abort
