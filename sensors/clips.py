@@ -67,16 +67,16 @@ def clips_of(
     tolerance_ns = 0.5e9 / log.lidars[lidar].rate_hz
     steps = np.round(np.arange(-past + 1, future + 1) * period_ns).astype(np.int64)
     clips: list[Clip] = []
-    every_ns = int(every_s * 1e9)
-    present_ns = int(stamps[allowed[0]]) - int(steps[0])
-    while present_ns <= stamps[allowed[-1]]:
-        following = int(stamps[allowed[np.searchsorted(stamps[allowed], present_ns)]]) - present_ns
-        present = allowed[nearest_index(stamps[allowed], np.array([present_ns]))[0]]
-        if following > every_ns and present_ns - stamps[present] > every_ns:
-            present_ns += following // every_ns * every_ns  # a clock that jumps leaves a gap of years: over it at once, on the same grid
+    every_ns, known = int(every_s * 1e9), stamps[allowed]
+    present_ns = int(known[0]) - int(steps[0])
+    while present_ns <= known[-1]:
+        following_ns = int(known[np.searchsorted(known, present_ns)]) - present_ns
+        present_at = known[nearest_index(known, np.array([present_ns]))[0]]
+        if following_ns > every_ns and present_ns - present_at > every_ns:
+            present_ns += following_ns // every_ns * every_ns  # a clock that jumps leaves a gap of years: over it at once, on the same grid
             continue
-        wanted = stamps[present] + steps
-        index = allowed[nearest_index(stamps[allowed], wanted)]
+        wanted = present_at + steps
+        index = allowed[nearest_index(known, wanted)]
         near = np.abs(stamps[index] - wanted) <= tolerance_ns
         if near.all() and len(set(index.tolist())) == len(index) and not _pose_gap(log, stamps[index]):
             frames = frames_at(log, index, lidar)
