@@ -1,7 +1,8 @@
-"""How sure a forecast may be, and how far to trust the state: per arm and horizon a factor of the scales, and for the model the share that
-counts of what the state adds to rays whose readings are told. The one is fitted by likelihood, the other by CRPS, whose metres are those of
-the tables, on held-out training clips; both are applied wherever the model answers. The masses stay as learned: a temperature on them fits no
-better, and it moves medians from one surface to another."""
+"""How sure a forecast may be, and how far to trust the state: per arm and horizon a factor of the scales, and for the model, per horizon, the
+share that counts of what the state adds to rays whose readings are told (a fifth of a second ahead readings mostly know better, a second
+ahead the state does). The one is fitted by likelihood, the other by CRPS, whose metres are those of the tables, on held-out training clips;
+both are applied wherever the model answers. The masses stay as learned: a temperature on them fits no better, and it moves medians from one
+surface to another."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ FACTORS = np.geomspace(0.5, 3.0, 31)
 SHARES = np.linspace(0.0, 1.0, 9)
 MOST_RAYS = 1500  # of an instant, spread over the clips: one number is fitted to them
 
-Table = Mapping[str, Sequence[Sequence[float]]]  # arm -> rows of (horizon_s, factor)
+Rows = Sequence[Sequence[float]]  # (horizon_s, number) of each, by rising horizon
+Table = Mapping[str, Rows]
 
 
 def widened(mixture: Mixture, factor: Tensor | float) -> Mixture:
@@ -41,11 +43,21 @@ def fit(mixture: Mixture, ranges: Tensor, horizon_s: Tensor, step: Tensor) -> li
     return sorted(rows)
 
 
-def fit_share(answers: Sequence[Mixture], ranges: Tensor) -> float:
-    """The one of SHARES whose answers, one mixture of the rays (N,) for each of them, have the least mean CRPS."""
+def fit_shares(answers: Sequence[Mixture], ranges: Tensor, horizon_s: Tensor, step: Tensor) -> list[list[float]]:
+    """Rows (horizon_s, share), one an instant: of SHARES the one whose answers, a mixture of the rays (N,) for each of them, have the least
+    mean CRPS."""
     truth = ranges.numpy()
-    score = [crps(m.log_mass.exp().numpy(), m.centre.numpy(), m.scale.numpy(), truth).mean() for m in (widened(a, 1.0) for a in answers)]
-    return float(SHARES[int(np.argmin(score))])
+    score = [crps(m.log_mass.exp().numpy(), m.centre.numpy(), m.scale.numpy(), truth) for m in (widened(a, 1.0) for a in answers)]
+    instants = [(step == k).numpy() for k in torch.unique(step).tolist()]
+    return sorted([float(horizon_s.numpy()[k].mean()), float(SHARES[int(np.argmin([s[k].mean() for s in score]))])] for k in instants)
+
+
+def shares_at(rows: Rows | None, horizon_s: Tensor) -> Tensor:
+    """Of rays at these horizons (N,), between the fitted ones; 1 without rows."""
+    if not rows:
+        return torch.ones_like(horizon_s)
+    at_s, shares = np.asarray(rows, float).T
+    return torch.from_numpy(np.interp(horizon_s.cpu().numpy(), at_s, shares)).to(horizon_s)
 
 
 def at(table: Table | None, arm: str, horizon_s: float) -> float:
@@ -58,18 +70,22 @@ def at(table: Table | None, arm: str, horizon_s: float) -> float:
 
 def checked(value: Any) -> dict[str, list[list[float]]] | None:
     """A table as a checkpoint's JSON holds it, or None. WmError for rows of another shape."""
-    if not isinstance(value, dict):
-        return None
-    table = {str(arm): [[float(x) for x in row] for row in rows] for arm, rows in value.items()}
-    if any(len(row) != 2 for rows in table.values() for row in rows):
+    return {str(arm): _rows(rows) for arm, rows in value.items()} if isinstance(value, dict) else None
+
+
+def checked_shares(value: Any) -> list[list[float]] | None:
+    """Rows as a checkpoint's JSON holds them, or None. WmError for what are no shares."""
+    rows = None if value is None else _rows(value)
+    if rows and not all(0 <= share <= 1 for _, share in rows):
+        raise WmError("the checkpoint's state.json says shares that are not between 0 and 1; train the run again")
+    return rows
+
+
+def _rows(value: Any) -> list[list[float]]:
+    try:
+        rows = [[float(x) for x in row] for row in value]
+    except (TypeError, ValueError):
+        rows = []
+    if not rows or any(len(row) != 2 for row in rows):
         raise WmError("the checkpoint was calibrated by another version of this program; train the run again")
-    return table
-
-
-def checked_share(value: Any) -> float:
-    """The share as a checkpoint's JSON holds it; 1 where it holds none. WmError for what is no share."""
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise WmError(f"the checkpoint's state.json says share {value!r}, which is not between 0 and 1; train the run again")
-    return float(value)
+    return rows

@@ -39,7 +39,7 @@ class Trained:
         found = checkpoint.load(run, which)
         self.step = found.step
         self.calibration = calibration.checked(found.state.get("calibration"))
-        self.share = calibration.checked_share(found.state.get("share"))
+        self.shares = calibration.checked_shares(found.state.get("shares"))
         self.model = WorldModel(self.config)
         try:
             self.model.load_state_dict(found.weights)
@@ -95,7 +95,7 @@ class Trained:
                 if EVIDENCE_ONLY in arms:
                     answers[EVIDENCE_ONLY] = head.mixture(prior.position, prior.raw, prior.candidate)
                 if MODEL in arms:
-                    answers[MODEL] = self.model.read(states, rays, prior, self.share)
+                    answers[MODEL] = self.model.read(states, rays, prior, calibration.shares_at(self.shares, rays.horizon_s))
             for arm, less in ((POSITIONS, untold_evidence), (NO_EVIDENCE, without_evidence)):
                 if arm in arms:
                     asked = less(rays)
