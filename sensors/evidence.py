@@ -15,8 +15,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from sensors.angles import HALF_PI, PI, atan2
 from sensors.geometry import inverse, transform_points
-from sensors.kernels.directions import AZIMUTH_CELLS, View, interpolate
+from sensors.kernels.directions import AZIMUTH_CELLS, View, _turn, interpolate
 from sensors.rays import History, Rays
 
 Array = NDArray[Any]
@@ -72,25 +73,28 @@ def _seen_beyond(points, start, azimuth, elevation, radius, n_elevation, step_el
         distance = np.sqrt(flat * flat + z * z)
         if not distance > np.float32(0.1):
             continue
-        a = np.float32(np.arctan2(y, x))
-        e = np.float32(np.arctan2(z, flat))
-        column = int((a + np.float32(np.pi)) / step_azimuth) % AZIMUTH_CELLS
-        row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
+        a, e = atan2(y, x), atan2(z, flat)
+        column = int((a + PI) / step_azimuth) % AZIMUTH_CELLS
+        row = min(max(int((e + HALF_PI) / np.float32(step_elevation)), 0), n_elevation - 1)
         best = np.float32(np.inf)
+        low, high = column - 1, column + 2
         for r in range(max(row - 1, 0), min(row + 1, n_elevation - 1) + 1):
-            for dc in range(-1, 2):
-                c = r * AZIMUTH_CELLS + (column + dc) % AZIMUTH_CELLS
-                for at in range(start[c], start[c + 1]):
-                    da = azimuth[at] - a
-                    if da > np.float32(np.pi):
-                        da -= np.float32(2 * np.pi)
-                    elif da < -np.float32(np.pi):
-                        da += np.float32(2 * np.pi)
-                    de = elevation[at] - e
-                    d = da * da + de * de
-                    if d < best:
-                        best = d
-                        out[i] = min(max(radius[at] - distance, -limit), limit)
+            c = r * AZIMUTH_CELLS
+            # the cells of a row lie one behind the other, but for those across the seam
+            for at in range(start[c + max(low, 0)], start[c + min(high, AZIMUTH_CELLS)]):
+                best, out[i] = _closer(_turn(azimuth[at] - a), elevation[at] - e, best, radius[at] - distance, out[i])
+            if low < 0 or high > AZIMUTH_CELLS:
+                across = c + (AZIMUTH_CELLS - 1 if low < 0 else 0)
+                for at in range(start[across], start[across + 1]):
+                    best, out[i] = _closer(_turn(azimuth[at] - a), elevation[at] - e, best, radius[at] - distance, out[i])
+        if out[i] == out[i]:
+            out[i] = min(max(out[i], -limit), limit)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _closer(da, de, best, beyond, out):
+    d = da * da + de * de
+    return (d, beyond) if d < best else (best, out)
 
 
 def _beyond(history: History, sweep: int, places: Array, limit_m: float) -> Array:
@@ -187,5 +191,4 @@ def _around(view: View, directions: Array) -> Array:
     elevation = np.arctan2(z, np.hypot(x, y))[:, None] + AROUND_RAD[:, 1]
     flat = np.cos(elevation)
     beside = np.stack((flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(elevation)), 2)
-    found, angle, _ = view.nearest(beside.reshape(-1, 3))
-    return np.where(angle < AROUND_LIMIT_RAD, found, np.float32(np.nan)).reshape(len(directions), -1)
+    return view.nearest(beside.reshape(-1, 3), AROUND_LIMIT_RAD)[0].reshape(len(directions), -1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from sensors.angles import atan2
+
 # a splat reaches this many cells around an occupied one
 SPLAT_REACH = 3
 # `search` looks at BLOCK x BLOCK velocities at once, on maps pooled by POOL cells
@@ -426,8 +428,7 @@ def _behind(px, py, pz, m, start, azimuth, elevation, radius, n_elevation, step_
     if not (distance > np.float32(0.1) and distance < np.float32(1e6)):
         return out
     scale_a, scale_e = np.float32(1 / reach_azimuth), np.float32(1 / reach_elevation)
-    a = np.float32(np.arctan2(y, x))
-    e = np.float32(np.arctan2(z, np.sqrt(flat2)))
+    a, e = atan2(y, x), atan2(z, np.sqrt(flat2))
     column = int((a + pi) * np.float32(columns / (2 * np.pi))) % columns
     row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
     best = np.float32(1)

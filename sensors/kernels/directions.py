@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import int32, njit
 from numpy.typing import NDArray
+
+from sensors.angles import HALF_PI, PI, atan2, sine_of_half2
 
 Array = NDArray[Any]
 
@@ -22,48 +24,54 @@ ELEVATION_STEP_RAD = float(np.deg2rad(0.5))
 # half-width of the quadrant search, in cells: +-0.9 deg of azimuth and +-2.5 elevation steps
 REACH = 2
 MAX_RINGS = 8
+BLOCK = 256
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _sort_into_cells(points, pose, n_elevation, step_elevation):
-    n = points.shape[0]
-    cells = AZIMUTH_CELLS * n_elevation
+    n, cells = points.shape[0], AZIMUTH_CELLS * n_elevation
     start = np.zeros(cells + 1, np.int32)
-    azimuth = np.empty(n, np.float32)
-    elevation = np.empty(n, np.float32)
-    radius = np.empty(n, np.float32)
-    cell = np.empty(n, np.int32)
-    per_azimuth = np.float32(AZIMUTH_CELLS / (2.0 * np.pi))
-    for i in range(n):
-        px, py, pz = np.float64(points[i, 0]), np.float64(points[i, 1]), np.float64(points[i, 2])
-        x = np.float32(pose[0, 0] * px + pose[0, 1] * py + pose[0, 2] * pz + pose[0, 3])
-        y = np.float32(pose[1, 0] * px + pose[1, 1] * py + pose[1, 2] * pz + pose[1, 3])
-        z = np.float32(pose[2, 0] * px + pose[2, 1] * py + pose[2, 2] * pz + pose[2, 3])
-        r = np.sqrt(x * x + y * y + z * z)
-        if not (r > np.float32(1e-3) and r < np.float32(1e6)):
-            cell[i] = -1
-            continue
-        a = np.float32(np.arctan2(y, x))
-        e = np.float32(np.arctan2(z, np.sqrt(x * x + y * y)))
-        column = int((a + np.float32(np.pi)) * per_azimuth) % AZIMUTH_CELLS
-        row = int((e + np.float32(np.pi / 2)) / np.float32(step_elevation))
-        row = min(max(row, 0), n_elevation - 1)
-        azimuth[i], elevation[i], radius[i] = a, e, r
-        cell[i] = row * AZIMUTH_CELLS + column
-        start[cell[i] + 1] += 1
+    azimuth, elevation, radius, cell = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.int32)
+    # a vector loop on blocks of their own, and a scalar one that counts
+    px, py, pz = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    angle, height, distance, at = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32)
+    per_azimuth, per_elevation = np.float32(AZIMUTH_CELLS / (2.0 * np.pi)), np.float32(1 / step_elevation)
+    last_row = np.float32(n_elevation - 1)
+    m00, m01, m02, m03 = pose[0, 0], pose[0, 1], pose[0, 2], pose[0, 3]
+    m10, m11, m12, m13 = pose[1, 0], pose[1, 1], pose[1, 2], pose[1, 3]
+    m20, m21, m22, m23 = pose[2, 0], pose[2, 1], pose[2, 2], pose[2, 3]
+    for first in range(0, n, BLOCK):
+        count = min(BLOCK, n - first)
+        for k in range(count):
+            px[k], py[k], pz[k] = points[first + k, 0], points[first + k, 1], points[first + k, 2]
+        for k in range(count):
+            x = np.float32(m00 * px[k] + m01 * py[k] + m02 * pz[k] + m03)
+            y = np.float32(m10 * px[k] + m11 * py[k] + m12 * pz[k] + m13)
+            z = np.float32(m20 * px[k] + m21 * py[k] + m22 * pz[k] + m23)
+            flat2 = x * x + y * y
+            r = np.sqrt(flat2 + z * z)
+            a, e = atan2(y, x), atan2(z, np.sqrt(flat2))
+            # NaN and infinities fail here, before anything becomes an integer
+            ok = (r > np.float32(1e-3)) & (r < np.float32(1e6))
+            column = int32((a + PI if ok else np.float32(0)) * per_azimuth) & int32(AZIMUTH_CELLS - 1)
+            row = int32(min((e + HALF_PI if ok else np.float32(0)) * per_elevation, last_row))
+            angle[k], height[k], distance[k] = a, e, r
+            at[k] = int32(row * int32(AZIMUTH_CELLS)) + column if ok else int32(-1)
+        for k in range(count):
+            azimuth[first + k], elevation[first + k], radius[first + k], cell[first + k] = angle[k], height[k], distance[k], at[k]
+            if at[k] >= 0:
+                start[at[k] + 1] += 1
     for c in range(cells):
         start[c + 1] += start[c]
     kept = start[cells]
     order = np.empty(kept, np.int32)
-    s_azimuth = np.empty(kept, np.float32)
-    s_elevation = np.empty(kept, np.float32)
-    s_radius = np.empty(kept, np.float32)
+    s_azimuth, s_elevation, s_radius = np.empty(kept, np.float32), np.empty(kept, np.float32), np.empty(kept, np.float32)
     fill = start[:-1].copy()
     for i in range(n):
         if cell[i] >= 0:
-            at = fill[cell[i]]
-            fill[cell[i]] = at + 1
-            order[at], s_azimuth[at], s_elevation[at], s_radius[at] = i, azimuth[i], elevation[i], radius[i]
+            to = fill[cell[i]]
+            fill[cell[i]] = to + 1
+            order[to], s_azimuth[to], s_elevation[to], s_radius[to] = i, azimuth[i], elevation[i], radius[i]
     return start, order, s_azimuth, s_elevation, s_radius
 
 
@@ -78,11 +86,10 @@ def _turn(angle):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _chord2(azimuth_a, elevation_a, azimuth_b, elevation_b):
-    """Squared chord between two unit vectors, from small differences (haversine), so that float32 keeps its digits."""
-    half_e = np.sin((elevation_a - elevation_b) * np.float32(0.5))
-    half_a = np.sin((azimuth_a - azimuth_b) * np.float32(0.5))
-    return half_e * half_e + np.cos(elevation_a) * np.cos(elevation_b) * half_a * half_a
+def _chord2(azimuth_a, elevation_a, cos_a, azimuth_b, elevation_b):
+    """Squared chord between two unit vectors, from small differences (haversine), so that float32 keeps its digits. cos_a: of the first elevation."""
+    cos_b = np.float32(1) - np.float32(2) * sine_of_half2(elevation_b)
+    return sine_of_half2(elevation_a - elevation_b) + cos_a * cos_b * sine_of_half2(azimuth_a - azimuth_b)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -98,7 +105,8 @@ def _columns_within(chord2, cos_e):
 def _nearest_by_rows(a, e, row, column, start, order, azimuth, elevation, n_elevation, step_elevation, best, best_at):
     """The search of `_nearest` where nothing is close by: row by row away from the ray's, in each row outwards past the empty cells, until
     the row, or the meridian, is farther than the best so far."""
-    widest = _columns_within(best, np.cos(e)) if best_at >= 0 else AZIMUTH_CELLS // 2
+    cos_e = np.cos(e)
+    widest = _columns_within(best, cos_e) if best_at >= 0 else AZIMUTH_CELLS // 2
     for away in range(n_elevation):
         if best_at >= 0 and best <= np.sin(np.float32(max(away - 1, 0)) * np.float32(step_elevation) * np.float32(0.5)) ** 2:
             break
@@ -111,23 +119,23 @@ def _nearest_by_rows(a, e, row, column, start, order, azimuth, elevation, n_elev
                 for hand in range(2 if off else 1):
                     c = r * AZIMUTH_CELLS + (column - off if hand else column + off) % AZIMUTH_CELLS
                     for at in range(start[c], start[c + 1]):
-                        d = _chord2(a, e, azimuth[at], elevation[at])
+                        d = _chord2(a, e, cos_e, azimuth[at], elevation[at])
                         if d < best or (d == best and order[at] < order[best_at]):
                             best, best_at = d, at
-                            widest = _columns_within(best, np.cos(e))
+                            widest = _columns_within(best, cos_e)
                 off += 1
     return best, best_at
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _nearest(directions, start, order, azimuth, elevation, radius, n_elevation, step_elevation, out_range, out_angle, out_index):
+def _nearest(directions, start, order, azimuth, elevation, radius, n_elevation, step_elevation, limit, out_range, out_angle, out_index):
     step_azimuth = np.float32(2 * np.pi / AZIMUTH_CELLS)
+    farthest = np.float32(np.sin(min(limit, np.pi) * 0.5) ** 2) if limit < np.pi else np.float32(np.inf)
     for i in range(directions.shape[0]):
         x, y, z = directions[i, 0], directions[i, 1], directions[i, 2]
-        a = np.float32(np.arctan2(y, x))
-        e = np.float32(np.arctan2(z, np.sqrt(x * x + y * y)))
-        column = int((a + np.float32(np.pi)) / step_azimuth) % AZIMUTH_CELLS
-        row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
+        a, e = atan2(y, x), atan2(z, np.sqrt(x * x + y * y))
+        column = int((a + PI) / step_azimuth) % AZIMUTH_CELLS
+        row = min(max(int((e + HALF_PI) / np.float32(step_elevation)), 0), n_elevation - 1)
         best, best_at = np.float32(np.inf), -1
         cos_e = np.cos(e)
         ring = 0
@@ -140,7 +148,7 @@ def _nearest(directions, start, order, azimuth, elevation, radius, n_elevation, 
                 for dc in range(-ring, ring + 1, max(step, 1)):
                     c = r * AZIMUTH_CELLS + (column + dc) % AZIMUTH_CELLS
                     for at in range(start[c], start[c + 1]):
-                        d = _chord2(a, e, azimuth[at], elevation[at])
+                        d = _chord2(a, e, cos_e, azimuth[at], elevation[at])
                         if d < best or (d == best and order[at] < order[best_at]):
                             best, best_at = d, at
             # whatever is not yet looked at is at least this far: in elevation, or beyond a meridian
@@ -148,12 +156,12 @@ def _nearest(directions, start, order, azimuth, elevation, radius, n_elevation, 
             away_a = np.float32(ring) * step_azimuth
             sin_a = cos_e * np.sin(away_a)
             bound = min(np.sin(away_e * np.float32(0.5)) ** 2, np.sin(np.arcsin(sin_a) * np.float32(0.5)) ** 2)
-            if best_at >= 0 and best <= bound:
+            if (best_at >= 0 and best <= bound) or bound > farthest:
                 break
             ring += 1
         if ring > MAX_RINGS:
             best, best_at = _nearest_by_rows(a, e, row, column, start, order, azimuth, elevation, n_elevation, step_elevation, best, best_at)
-        if best_at >= 0:
+        if best_at >= 0 and best <= farthest:
             out_range[i] = radius[best_at]
             out_angle[i] = np.float32(2) * np.arcsin(min(np.sqrt(best), np.float32(1)))
             out_index[i] = order[best_at]
@@ -169,10 +177,9 @@ def _quadrants(directions, start, order, azimuth, elevation, radius, n_elevation
     best_at = np.empty(4, np.int64)
     for i in range(directions.shape[0]):
         x, y, z = directions[i, 0], directions[i, 1], directions[i, 2]
-        a = np.float32(np.arctan2(y, x))
-        e = np.float32(np.arctan2(z, np.sqrt(x * x + y * y)))
-        column = int((a + np.float32(np.pi)) / step_azimuth) % AZIMUTH_CELLS
-        row = min(max(int((e + np.float32(np.pi / 2)) / np.float32(step_elevation)), 0), n_elevation - 1)
+        a, e = atan2(y, x), atan2(z, np.sqrt(x * x + y * y))
+        column = int((a + PI) / step_azimuth) % AZIMUTH_CELLS
+        row = min(max(int((e + HALF_PI) / np.float32(step_elevation)), 0), n_elevation - 1)
         best[:] = np.float32(np.inf)
         best_at[:] = -1
         for r in range(max(row - REACH, 0), min(row + REACH, n_elevation - 1) + 1):
@@ -242,13 +249,13 @@ class View:
     def __len__(self) -> int:
         return len(self._cells[1])
 
-    def nearest(self, directions: Array) -> tuple[Array, Array, Array]:
+    def nearest(self, directions: Array, limit_rad: float = np.inf) -> tuple[Array, Array, Array]:
         """Per direction (R,3): range (R,) f32 and angle (R,) f32 rad of the reading nearest in angle, and its index (R,) i64 in the
-        sweep; NaN, NaN, -1 when the view is empty. Directions need not be unit vectors."""
+        sweep; NaN, NaN, -1 where none lies within limit_rad. Directions need not be unit vectors."""
         directions = np.ascontiguousarray(directions, np.float32)
         count = len(directions)
         out = np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, np.int64)
-        _nearest(directions, *self._cells, self.n_elevation, self.elevation_step_rad, *out)
+        _nearest(directions, *self._cells, self.n_elevation, self.elevation_step_rad, float(limit_rad), *out)
         return out
 
     def quadrants(self, directions: Array) -> tuple[Array, Array, Array]:

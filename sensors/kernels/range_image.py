@@ -1,7 +1,7 @@
 """Points into pictures: the range image of a LiDAR and the depth maps of cameras, nearest point first, one z-buffer each.
 
-Blocks of points pass through a vector loop (angles, or the projection) and then a scalar one (the z-buffer). Angles come from a polynomial
-of atan on 0 .. 1, off by less than 2e-7 rad. The first of equally near points wins.
+Blocks of points pass through a vector loop (angles, or the projection) and then a scalar one (the z-buffer). The first of equally
+near points wins.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 from numba import float32, int32, njit, uint64
 from numpy.typing import NDArray
 
+from sensors.angles import PI, atan2
+
 Array = NDArray[Any]
 
 BLOCK = 256
@@ -20,23 +22,6 @@ BLOCK = 256
 PAD = 16
 MAX_SIDE = 1 << 16
 REACH_M = np.float32(1e9)
-PI, HALF_PI = np.float32(np.pi), np.float32(np.pi / 2)
-# minimax on 0 .. 1: atan(t) = t * (A0 + A1 t^2 + ...)
-A0, A1, A2, A3 = np.float32(0.99999934), np.float32(-0.3332986), np.float32(0.19946566), np.float32(-0.1390863)
-A4, A5, A6, A7 = np.float32(0.09642197), np.float32(-0.05591233), np.float32(0.02186296), np.float32(-0.00405457)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _atan2(y, x):
-    """atan2 without branches: the octant is put right by selects. 0 for (0, 0)."""
-    ax, ay = abs(x), abs(y)
-    high, low = max(ax, ay), min(ax, ay)
-    t = low / (high if high > float32(0) else float32(1))
-    u = t * t
-    a = t * (A0 + u * (A1 + u * (A2 + u * (A3 + u * (A4 + u * (A5 + u * (A6 + u * A7)))))))
-    a = HALF_PI - a if ay > ax else a
-    a = PI - a if x < float32(0) else a
-    return -a if y < float32(0) else a
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -57,8 +42,8 @@ def _range_image(points, width, height, low, high, image, index):
             x, y, z = px[k], py[k], pz[k]
             flat2 = x * x + y * y
             r = np.sqrt(flat2 + z * z)
-            column = (PI - _atan2(y, x)) * per_column
-            row = (top - _atan2(z, np.sqrt(flat2))) * per_row
+            column = (PI - atan2(y, x)) * per_column
+            row = (top - atan2(z, np.sqrt(flat2))) * per_row
             # NaN and infinities fail here, before anything becomes an integer
             ok = (r > zero) & (r < REACH_M) & (row >= zero) & (row < rows)
             column = min(max(column if ok else zero, zero), last_column)

@@ -33,6 +33,18 @@ def test_nearest_is_nearest_however_far(seed: int, count: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 400), st.sampled_from([0.01, 0.03, 0.2, 2.0]))
+def test_within_a_limit_nearest_is_what_it_is_without_one(seed: int, count: int, limit: float) -> None:
+    view, asked = View(cloud(seed, count)), unit(cloud(seed + 1, 60))
+    free, near = view.nearest(asked), view.nearest(asked, limit)
+    inside = free[1] <= limit * (1 - 1e-5)
+    for a, b in zip(free, near, strict=True):
+        np.testing.assert_array_equal(a[inside], b[inside])
+    outside = free[1] > limit * (1 + 1e-5)
+    assert np.isnan(near[0][outside]).all() and np.isnan(near[1][outside]).all() and (near[2][outside] == -1).all()
+
+
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 3000))
 def test_quadrants_against_a_plain_search(seed: int, count: int) -> None:
     points, asked = cloud(seed, count), unit(cloud(seed + 1, 40)).astype(np.float32)
