@@ -17,6 +17,7 @@ import signal
 import stat
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from typing import Any
 from sensors import files
 from sensors.adapters.base import guess, open_source
 from sensors.errors import Interrupted, UsageError, WmError, one_line
-from sensors.records import Log, RecordError
+from sensors.records import Log, RecordError, reference_of
 from sensors.store import format as layout
 from sensors.store.writer import Reference, prepare_store, write_log
 
@@ -61,6 +62,7 @@ class IngestReport:
     items: int = 0
     items_quarantined: int = 0
     bytes: int = 0
+    references: Mapping[str, int] = field(default_factory=dict)
     reasons: tuple[Quarantined, ...] = ()
     logs: tuple[str, ...] = field(default=(), repr=False)
 
@@ -146,6 +148,7 @@ class _Outcome:
     log: str
     items: int = 0
     bytes: int = 0
+    reference: str | None = None  # the LiDAR that frames are built on, where the log has several
     reasons: tuple[Quarantined, ...] = ()
 
 
@@ -182,6 +185,7 @@ class _Tally:
             items=sum(outcome.items for outcome in stored),
             items_quarantined=sum(len(outcome.reasons) for outcome in stored),
             bytes=sum(outcome.bytes for outcome in stored),
+            references=dict(sorted(Counter(outcome.reference for outcome in stored if outcome.reference).items())),
             reasons=tuple(reason for outcome in ordered for reason in outcome.reasons),
             logs=tuple(outcome.log for outcome in stored),
         )
@@ -347,7 +351,9 @@ def _store(job: _Job, source: tuple[Path, str], log: Log, step: Callable[[str], 
     )
     items = sum(row["sweeps"] for row in manifest["lidars"].values()) + sum(row["images"] for row in manifest["cameras"].values())
     reasons = tuple(Quarantined(log.id, row["reason"], row["sensor"], row["stamp_ns"]) for row in manifest["quarantined"])
-    return _Outcome("stored", log.id, items, sum(row["bytes"] for row in manifest["files"]), reasons)
+    sweeps = {name: row["sweeps"] for name, row in manifest["lidars"].items()}
+    reference = reference_of(sweeps) if len(sweeps) > 1 else None
+    return _Outcome("stored", log.id, items, sum(row["bytes"] for row in manifest["files"]), reference, reasons)
 
 
 def _posed(log: Log, poses: str) -> Log:

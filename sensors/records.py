@@ -282,6 +282,11 @@ class Labels:
     read_missing_rays: Callable[[str, int], Array | None] = lambda lidar, index: None
 
 
+def reference_of(sweeps: Mapping[str, int]) -> str:
+    """The LiDAR that frames are built on, of those that have so many sweeps: the one with the most, the first of them by name."""
+    return min(sweeps, key=lambda name: (-sweeps[name], name))
+
+
 def no_labels() -> Labels | None:
     """What a log without labels has for `open_labels`: by name, so that the log can be pickled."""
     return None
@@ -344,7 +349,7 @@ class Log:
         """The LiDAR that frames are built on: the one with the most sweeps, the first of them by name."""
         if not self.lidars:
             raise RecordError(f"log {self.id}: no LiDAR; frames need one")
-        return min(self.lidars, key=lambda name: (-len(self.sweep_stamps_ns[name]), name))
+        return reference_of({name: len(self.sweep_stamps_ns[name]) for name in self.lidars})
 
 
 @dataclass(frozen=True, eq=False)

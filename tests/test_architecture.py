@@ -108,13 +108,56 @@ def test_a_wrong_key_is_refused_with_the_nearest():
         load_config("default", ["encoder.voxel=[0.001, 0.001, 6.0]"])
 
 
-@pytest.mark.parametrize("wrong", ["model.rate_hz=0", "model.rate_hz=-5", "model.rate_hz=.inf", "train.threads=0", "train.every_s=0"])
+@pytest.mark.parametrize("wrong", [
+    "model.rate_hz=0", "model.rate_hz=-5", "model.rate_hz=.inf", "train.threads=0", "train.every_s=0", "train.every_s=1e-12", "train.clips=0",
+    "train.steps=-1", "train.steps=0", "train.validate_every=0", "train.save_every=0", "train.rays=0", "train.instants=0", "train.lr=0",
+    "train.lr=.inf", "train.clip_norm=-1", "train.hidden_share=1.5", "train.validation=-0.1", "train.scale=1", "train.cache_gb=-1",
+    "train.warmup=-1", "model.past=0", "model.future=-2", "model.past=3", "model.latent_sweeps=[]", "model.latent_sweeps=[-1]", "model.channels=0",
+    "model.channels=6", "encoder.layers=[]", "encoder.pfn_widths=[]", "encoder.pfn_widths=[0]", "encoder.low=[]", "encoder.high=[.inf,51.2,3]",
+    "encoder.voxel=[0,0.4,6]", "encoder.strides=[0,2,2]", "encoder.max_points=-1", "seed=-1", "objectives.moving=-1", "objectives.moving=.inf",
+    "train.steps=1" + 400 * "0", "encoder.features=[x,y,z,dt,dt]", "encoder.pfn_widths=[15,16]",
+])  # fmt: skip
 def test_a_number_that_cannot_be_is_refused_with_its_key(wrong):
     from sensors.errors import UsageError
     from worldmodel.config import load_config
 
-    with pytest.raises(UsageError, match=f"^default: {wrong.partition('=')[0]}: "):
+    key = "model.latent_sweeps" if wrong == "model.past=3" else wrong.partition("=")[0]  # the sweeps are too many for the past
+    with pytest.raises(UsageError, match=f"^default: {key}: ") as said:
         load_config("default", [wrong])
+    assert "\n" not in str(said.value) and len(str(said.value)) < 200
+
+
+@pytest.mark.parametrize("wrong", ["encoder.low=[0,0]", "encoder.voxel=[1000,1000,6]", "train.lr=1" + 400 * "0", "train.steps=2020-13-45",
+                                   "train={1: 2}", "train.steps=[" + 5000 * "["])  # fmt: skip
+def test_a_value_of_another_kind_is_one_line(wrong):
+    from sensors.errors import UsageError
+    from worldmodel.config import load_config
+
+    with pytest.raises(UsageError) as said:
+        load_config("default", [wrong])
+    assert "\n" not in str(said.value)
+
+
+def test_every_number_of_the_configuration_has_bounds():
+    import dataclasses
+
+    from worldmodel.config import BOUNDS_OF, load_config
+
+    config = load_config()
+    sections = [("", config), *((f"{name}.", getattr(config, name)) for name in ("encoder", "model", "train"))]
+    numbers = {path + field.name for path, section in sections for field in dataclasses.fields(section)
+               if any(kind in str(field.type) for kind in ("int", "float"))}  # fmt: skip
+    assert numbers == set(BOUNDS_OF)
+
+
+def test_blocks_whose_maps_would_differ_are_refused():
+    from sensors.errors import UsageError
+    from worldmodel.config import load_config
+    from worldmodel.encoders.contract import build_encoder
+
+    for wrong in ("encoder.strides=[3,2,2]", "encoder.upsample_strides=[0.3,2,4]"):
+        with pytest.raises(UsageError, match="the blocks have to give one size"):
+            build_encoder(load_config("tiny", [wrong]).encoder)
 
 
 def test_a_configuration_that_is_no_text_is_named(tmp_path):

@@ -185,6 +185,39 @@ def test_one_log_without_lidar_or_with_poses_that_jump_does_not_stop_the_page():
         assert text in page
 
 
+def test_of_several_lidars_the_one_that_frames_are_built_on_is_told_once(tmp_path, capsys, monkeypatch):
+    several = "logs with several LiDARs: frames are built on the one with the most sweeps"
+    one = street_log()
+    two = dataclasses.replace(
+        one,
+        id="made/two",
+        lidars={name: Lidar(name, np.eye(4), 10.0) for name in ("side", "top")},
+        sweep_stamps_ns={"side": STAMPS[:9], "top": STAMPS},
+    )
+    for name, log in (("one", one), ("two", two), ("three", dataclasses.replace(two, id="made/three"))):
+        write_log(tmp_path / ("single" if name == "one" else "several"), log)
+    for command in (["info"], ["check", "-o", str(tmp_path / "page.html"), "--overwrite"]):
+        assert main([command[0], str(tmp_path / "single"), *command[1:]]) == 0 and several not in capsys.readouterr().out
+        assert main([command[0], str(tmp_path / "several"), *command[1:]]) == 0
+        assert [line for line in capsys.readouterr().out.splitlines() if several in line and "(top in 2)" in line and "no option" in line]
+    assert main(["info", str(tmp_path / "several"), "--json"]) == 0
+    assert [log["reference"] for log in json.loads(capsys.readouterr().out)["logs"]] == ["top", "top"]
+
+
+def test_ingest_tells_of_several_lidars_too(tmp_path, capsys, monkeypatch):
+    from sensors import ingest
+
+    def source(path, dataset, options):
+        one = street_log()
+        lidars = {name: Lidar(name, np.eye(4), 10.0) for name in ("side", "top")}
+        return iter([one, dataclasses.replace(one, id="made/two", lidars=lidars, sweep_stamps_ns={"side": STAMPS, "top": STAMPS[:9]})])
+
+    monkeypatch.setattr(ingest, "open_source", source)
+    assert main(["ingest", str(tmp_path / "raw"), str(tmp_path / "store"), "--dataset", "kitti_raw"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "several LiDARs" in line)
+    assert "(side in 1)" in line
+
+
 def test_json_is_one_object_and_writes_no_page(tmp_path, capsys, monkeypatch):
     source = write_sample(tmp_path)
     monkeypatch.chdir(tmp_path)

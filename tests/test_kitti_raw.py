@@ -177,8 +177,8 @@ def test_links_and_pipes_in_place_of_payloads_are_refused(drive, tmp_path):
 
 def test_folders_that_are_links_out_are_named_where_their_sensor_is_missing(drive, tmp_path):
     for sensor in ("image_02", "oxts"):
-        (drive / sensor).rename(tmp_path / f"elsewhere-{sensor}")
-        (drive / sensor).symlink_to(tmp_path / f"elsewhere-{sensor}")
+        (drive / sensor / "data").rename(tmp_path / f"elsewhere-{sensor}")
+        (drive / sensor / "data").symlink_to(tmp_path / f"elsewhere-{sensor}")
     log = open_one(drive)
     assert log.cameras == {} and log.poses is None
     (camera,) = (what for what in log.counts if what.startswith("image_02: left out"))
@@ -188,20 +188,59 @@ def test_folders_that_are_links_out_are_named_where_their_sensor_is_missing(driv
     assert "oxts: packets without position or attitude, dropped" not in log.counts
 
 
-def test_a_folder_that_may_not_be_read_costs_its_drive_by_name_and_no_other(drive, monkeypatch):
+@pytest.fixture
+def lock(monkeypatch):
+    """Makes a folder or file one that may not be read, by the end of its path: root, who may run this, can read every one."""
+
+    def make(end):
+        for name in ("listdir", "scandir", "open"):
+            real = getattr(os, name)
+
+            def locked(path, *args, real=real):
+                if os.fspath(path).endswith(end):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+                return real(path, *args)
+
+            monkeypatch.setattr(os, name, locked)
+
+    return make
+
+
+def test_a_folder_that_may_not_be_read_costs_its_drive_by_name_and_no_other(drive, lock):
     shutil.copytree(drive, drive.with_name("2011_09_26_drive_0002_sync"))
-    real = {name: getattr(os, name) for name in ("listdir", "scandir")}
-
-    def locked(name, path):
-        if os.fspath(path).endswith("0001_sync/image_02/data"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        return real[name](path)
-
-    for name in real:  # root, who may run this, can read every folder
-        monkeypatch.setattr(os, name, lambda path, name=name: locked(name, path))
+    lock("0001_sync/image_02/data")
     error, healthy = open_source(drive.parent)
     assert isinstance(error, RecordError) and "0001_sync: image_02/data: Permission denied" in str(error)
     assert healthy.id.endswith("0002_sync") and set(healthy.cameras) == {"image_02"}
+
+
+def test_a_date_that_may_not_be_read_is_named_and_costs_no_drive_of_another(drive, lock):
+    other = drive.parents[1] / "2011_09_28" / "2011_09_28_drive_0002_sync"
+    shutil.copytree(drive.parent, other.parent, ignore=lambda folder, names: [name for name in names if "drive" in name])
+    shutil.copytree(drive, other)
+    lock(drive.parent.name)
+    error, healthy = open_source(drive.parents[1])
+    assert str(error) == "kitti_raw/2011_09_26: Permission denied, so its drives are left out; make the folder readable and run again"
+    assert healthy.id.endswith(other.name) and len(healthy.sweep_stamps_ns["velodyne"]) == 4
+    (error,) = open_source(drive.parent)
+    assert str(error).startswith("kitti_raw/2011_09_26: Permission denied")
+    lock(drive.parents[1].name)
+    with pytest.raises(UsageError, match=r"Permission denied; make the folder readable"):
+        list(open_source(drive.parents[1], "kitti_raw"))
+
+
+@pytest.mark.parametrize(("sensor", "cost"), [("velodyne_points", "drive"), ("image_02", "sensor"), ("oxts", "sensor")])
+def test_stamps_that_may_not_be_read_are_not_taken_for_absent(drive, lock, sensor, cost):
+    shutil.copytree(drive, drive.with_name("2011_09_26_drive_0002_sync"))
+    lock(f"0001_sync/{sensor}/timestamps.txt")
+    said = f"{sensor}/timestamps.txt: Permission denied; make it readable and run again"
+    first, healthy = open_source(drive.parent)
+    assert healthy.stamps == "recorded" and healthy.poses is not None and set(healthy.cameras) == {"image_02"}
+    if cost == "drive":
+        assert str(first) == f"kitti_raw/{drive.name}: {said}"
+        return
+    assert first.counts[f"{sensor}: left out ({said})"] == 1 and not any("stamps taken from the scanner" in what for what in first.counts)
+    assert set(first.cameras) == (set() if sensor == "image_02" else {"image_02"}) and (first.poses is None) == (sensor == "oxts")
 
 
 def test_an_image_of_another_size_is_refused_naming_both(drive):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from sensors.files import write_file
     from sensors.store.format import STORE_FILE
     from worldmodel.drawing.check_page import Checked, check_page
-    from worldmodel.tools.terminal import print_json, print_table, reporter
+    from worldmodel.tools.terminal import print_json, print_references, print_table, reporter
 
     output = args.output if args.output is not None or args.json else Path("check.html")
     if output is not None and output.exists() and not args.overwrite:
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     for one in checked:
         for line in one.warnings:
             print(f"{one_line(one.log.id, 60)}: {one_line(line)}")
+    print_references(Counter(log.reference_lidar for log in logs if len(log.lidars) > 1))
     for line in problems:
         print(f"problem: {one_line(line)}")
     for note in notes:

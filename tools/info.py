@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from sensors.errors import one_line
     from sensors.store.format import STORE_FILE
-    from worldmodel.tools.terminal import print_json, print_table
+    from worldmodel.tools.terminal import print_json, print_references, print_table
 
     stored = (args.path / STORE_FILE).is_file()
     logs, problems, strangers = [], [], []
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         for name, row in log["sensors"].items()
     ]
     print_table("", ("log", "sensor", "kind", "items", "Hz", "of"), sensors)
+    print_references(Counter(log["reference"] for log in logs if sum(row["kind"] == "lidar" for row in log["sensors"].values()) > 1))
     for log in logs:
         for what, count in log["counts"].items():
             print(f"{one_line(log['id'], 60)}: {one_line(what, 200)}: {count}")
@@ -98,6 +100,7 @@ def _facts(log: Log) -> dict[str, Any]:
         "pose_source": log.poses.source if log.poses is not None else None,
         "poses": 0 if log.poses is None else len(log.poses.stamps_ns),
         "sensors": sensors,
+        "reference": log.reference_lidar if log.lidars else None,
         "counts": dict(log.counts),
         "notes": list(log.notes),
     }

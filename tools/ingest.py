@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from sensors.errors import UsageError, one_line
     from sensors.ingest import ingest
-    from worldmodel.tools.terminal import print_json, reporter
+    from worldmodel.tools.terminal import print_json, print_references, reporter
 
     pairs = [pair.partition("=") for pair in args.option]
     if bad := [key for key, equals, _ in pairs if not (key and equals)]:
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if found.stored:
         seen = found.items + found.items_quarantined
         print(f"{seen} sweeps and images seen = {found.items} stored + {found.items_quarantined} quarantined; {found.bytes / 1e6:.1f} MB")
+    print_references(found.references)
     for row in found.reasons[:20]:
         where = row.log if row.sensor is None else f"{row.log}, {row.sensor} at {row.stamp_ns}"
         print(f"quarantined: {one_line(where, 160)}: {one_line(row.reason)}")

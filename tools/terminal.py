@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from sensors.errors import one_line
 
 Report = Callable[[int, int, str], None]
 
@@ -52,6 +54,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     width = Console().width if sys.stdout.isatty() else 200
     # a narrower console would cut cells and leave whole columns out, of which nobody would learn
     Console(width=max(width, Console(width=10_000).measure(table).maximum), soft_wrap=False).print(table)
+
+
+def print_references(references: Mapping[str, int]) -> None:
+    """One remark on logs that have several LiDARs: in how many of them frames are built on which. Nothing where there are none."""
+    if references:
+        taken = ", ".join(f"{one_line(name, 40)} in {count}" for name, count in list(references.items())[:5])
+        print(f"logs with several LiDARs: frames are built on the one with the most sweeps, of equals the first by name ({taken}); no option chooses "
+              "another, an adapter that leaves it out does")  # fmt: skip
 
 
 def print_json(command: str, **fields: Any) -> None:

@@ -18,6 +18,45 @@ import yaml
 from sensors.errors import UsageError, one_line
 
 MAX_CELLS = 1 << 24
+# What a number may be, both ends included; of a list or of weights, each. The ends keep out what cannot be, not what is unwise.
+BOUNDS: dict[tuple[float, float], str] = {
+    (0, 1): "encoder.bn_momentum train.hidden_share train.evidence_share train.positions_share train.newest_share train.sweep_drop train.point_drop "
+            "train.validation train.freeze_bn_at",
+    (0, 0.99): "train.scale",
+    (0, 180): "train.pose_error_deg",
+    (0, 999): "model.latent_sweeps",
+    (0, 1e9): "objectives encoder.max_points_per_pillar encoder.max_pillars encoder.max_points encoder.layers train.seconds train.dense_clips "
+              "train.prior_clips train.weight_decay train.warmup train.crps_weight train.pose_error_m train.cache_gb",
+    (0, 2**63 - 1): "seed",
+    (1, 1000): "model.past model.future",
+    (1, 1024): "train.threads",
+    (1, 1e9): "encoder.strides encoder.widths encoder.upsample_widths model.channels model.dynamics_width model.head_width "
+              "model.head_bins model.head_latent_width train.steps train.clips train.rays train.prior_rays train.stored_rays train.instants "
+              "train.validate_every train.save_every",
+    (2, 1e9): "encoder.pfn_widths",
+    (0.01, 100): "encoder.upsample_strides",
+    (1e-9, 1e9): "encoder.voxel encoder.bn_eps train.lr train.clip_norm",
+    (0.001, 1000): "model.rate_hz",
+    (0.001, 1e9): "train.every_s",
+    (-360, 360): "encoder.input_yaw_deg",
+    (-1e6, 1e6): "encoder.low encoder.high",
+}  # fmt: skip
+BOUNDS_OF = {key: bounds for bounds, keys in BOUNDS.items() for key in keys.split()}
+
+
+def _within_bounds(record: Any, path: str) -> None:
+    """UsageError for a number of the record (whose keys stand under `path`) that cannot be, and for a list without entries."""
+    for key, value in vars(record).items():
+        if path + key not in BOUNDS_OF:
+            continue
+        least, most = BOUNDS_OF[path + key]
+        if isinstance(value, tuple) and not value:
+            raise UsageError(f"{path}{key}: an empty list; give one number at least")
+        each = {f"{path}{key}.{name}": number for name, number in value.items()} if isinstance(value, dict) else {path + key: value}
+        for shown, numbers in each.items():
+            for number in numbers if isinstance(numbers, tuple) else (numbers,):
+                if not least <= number <= most:
+                    raise UsageError(f"{one_line(shown)}: {one_line(number, 40)}; give a number from {least:g} to {most:g}")
 
 
 @dataclass(frozen=True)
@@ -48,14 +87,29 @@ class Encoder:
     bn_momentum: float
 
     def __post_init__(self) -> None:
+        _within_bounds(self, "encoder.")
         if not len(self.layers) == len(self.strides) == len(self.widths) == len(self.upsample_strides) == len(self.upsample_widths):
             raise UsageError("encoder: layers, strides, widths, upsample_strides and upsample_widths are one entry a block each")
-        if any(high <= low or size <= 0 for low, high, size in zip(self.low, self.high, self.voxel, strict=True)):
-            raise UsageError("encoder: low, high and voxel are (x, y, z) with high above low and voxel above 0")
-        if not set(self.features) <= {"x", "y", "z", "intensity", "dt"} or self.features[:3] != ("x", "y", "z"):
-            raise UsageError(f"encoder.features: {list(self.features)}; x, y, z come first, then any of intensity, dt")
+        if not len(self.low) == len(self.high) == len(self.voxel) == 3 or any(high <= low for low, high in zip(self.low, self.high, strict=True)):
+            raise UsageError("encoder: low, high and voxel are (x, y, z) with high above low")
+        if sorted(self.features[3:]) not in ([], ["dt"], ["intensity"], ["dt", "intensity"]) or self.features[:3] != ("x", "y", "z"):
+            raise UsageError(f"encoder.features: {one_line(list(self.features))}; x, y, z come first, then any of intensity, dt")
+        if min(self.grid) < 1:
+            raise UsageError(f"encoder: {self.grid[0]}x{self.grid[1]} pillars; lower voxel or widen low..high")
         if self.grid[0] * self.grid[1] > MAX_CELLS:
             raise UsageError(f"encoder: {self.grid[0]}x{self.grid[1]} pillars, more than {MAX_CELLS}; raise voxel or narrow low..high")
+        if any(width % 2 for width in self.pfn_widths[:-1]):
+            raise UsageError(f"encoder.pfn_widths: {list(self.pfn_widths)}; all but the last are even")
+
+    def check_maps(self) -> None:
+        """UsageError where the blocks of the pillar encoder would give maps of several sizes."""
+        (nx, ny), sizes = self.grid, set()
+        for stride, up in zip(self.strides, self.upsample_strides, strict=True):
+            nx, ny, down = -(-nx // stride), -(-ny // stride), round(1 / up)
+            sizes.add((nx * int(up), ny * int(up)) if up >= 1 else (nx // down, ny // down))
+        if len(sizes) > 1:
+            shown = " and ".join(f"{nx}x{ny}" for nx, ny in sorted(sizes)[:2])
+            raise UsageError(f"encoder: strides and upsample_strides make maps of {shown} cells; the blocks have to give one size")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -81,8 +135,11 @@ class Model:
     head_latent_width: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate_hz <= 1000:
-            raise UsageError(f"model.rate_hz: {self.rate_hz:g} frames a second; give a number above 0 and at most 1000")
+        _within_bounds(self, "model.")
+        if self.channels % 4:
+            raise UsageError(f"model.channels: {self.channels}; give a multiple of 4, its norm has that many groups")
+        if (oldest := max(self.latent_sweeps)) >= self.past:
+            raise UsageError(f"model.latent_sweeps: {oldest}, where model.past is {self.past}; give numbers below that, 0 is the newest sweep")
 
 
 @dataclass(frozen=True)
@@ -132,10 +189,7 @@ class Train:
     channels_last: str
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise UsageError(f"train.threads: {self.threads}; give at least 1")
-        if self.every_s <= 0:
-            raise UsageError(f"train.every_s: {self.every_s:g}; give a number above 0")
+        _within_bounds(self, "train.")
 
 
 @dataclass(frozen=True)
@@ -147,6 +201,9 @@ class Config:
     train: Train
     objectives: dict[str, float]
 
+    def __post_init__(self) -> None:
+        _within_bounds(self, "")
+
 
 def overlays() -> list[str]:
     """Names that `--config` takes."""
@@ -157,11 +214,11 @@ def overlays() -> list[str]:
 def load_config(name: str = "default", overrides: Sequence[str] = ()) -> Config:
     """The defaults, under the overlay `name` (one of `overlays()`, or the path of a YAML file), under `key.sub=value` overrides."""
     folder = importlib.resources.files("worldmodel.configs")
-    tree = _parse((folder / "default.yaml").read_bytes(), "default.yaml")
+    tree = parse_tree((folder / "default.yaml").read_bytes(), "default.yaml")
     if name in overlays():
-        over = _parse((folder / f"{name}.yaml").read_bytes(), f"{name}.yaml")
+        over = parse_tree((folder / f"{name}.yaml").read_bytes(), f"{name}.yaml")
     elif Path(name).is_file():
-        over = _parse(Path(name).read_bytes(), one_line(name))
+        over = parse_tree(Path(name).read_bytes(), one_line(name))
     else:
         near = difflib.get_close_matches(name, overlays(), 1)
         raise UsageError(f"config {one_line(name)!r}: neither a file nor one of {', '.join(overlays())}{_hint(near)}")
@@ -198,12 +255,13 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _parse(text: bytes, source: str) -> dict[str, Any]:
+def parse_tree(text: bytes, source: str) -> dict[str, Any]:
+    """The keys and values of a configuration's YAML; UsageError where it is none."""
     if len(text) > 1 << 20:
         raise UsageError(f"{source}: larger than 1 MiB; it is no configuration")
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
         raise UsageError(f"{source}: not readable as YAML ({one_line(error, 120)})") from error
     if tree is None:
         return {}
@@ -215,7 +273,7 @@ def _parse(text: bytes, source: str) -> dict[str, Any]:
 def _scalar(text: str, key: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--set {one_line(key)}: {one_line(text)!r} is not readable as a value") from error
 
 
@@ -228,6 +286,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any], path: str, source:
     out = dict(base)
     for key, value in over.items():
         here = f"{path}{key}"
+        if not isinstance(key, str):
+            raise UsageError(f"{source}: {one_line(here)} is no key of the configuration")
         if key not in base and path != "objectives.":
             raise UsageError(f"{source}: {one_line(here)} is no key of the configuration{_hint(difflib.get_close_matches(key, list(base), 1))}")
         if isinstance(base.get(key), Mapping):
@@ -248,7 +308,7 @@ def _typed(kind: Any, value: Any, path: str, source: str) -> Any:
         hints = get_type_hints(kind)
         if missing := sorted(set(hints) - set(value)):
             raise UsageError(f"{source}: {path}{missing[0]} is missing")
-        if unknown := sorted(set(value) - set(hints)):
+        if unknown := sorted(str(key) for key in value if key not in hints):
             near = difflib.get_close_matches(unknown[0], list(hints), 1)
             raise UsageError(f"{source}: {one_line(path + unknown[0])} is no key of the configuration{_hint(near)}")
         fields = {key: _typed(hint, value[key], f"{path}{key}.", source) for key, hint in hints.items()}
@@ -272,6 +332,8 @@ def _typed(kind: Any, value: Any, path: str, source: str) -> Any:
         except ValueError:
             raise wrong from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 1 << 64:  # it may not fit
+            raise wrong
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise wrong

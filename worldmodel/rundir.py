@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from sensors.data import Part
 from sensors.errors import UsageError, one_line
-from sensors.files import make_folder, read_whole, write_file, write_json
-from worldmodel.config import Config, config_of, tree_of
+from sensors.files import BadFile, make_folder, read_whole, write_file, write_json
+from worldmodel.config import Config, config_of, parse_tree, tree_of
 
 PACKAGES = ("driving-worldmodel", "torch", "numpy", "numba", "open3d-cpu", "open3d", "opencv-python", "safetensors", "pyarrow")
 
@@ -40,7 +40,11 @@ def read_config(run: Path) -> Config:
     path = run / "config.yaml"
     if not path.is_file():
         raise UsageError(f"{one_line(run)}: no config.yaml; is it a run folder?")
-    return config_of(yaml.safe_load(read_whole(path, 1 << 20)), one_line(path))
+    what = one_line(path)
+    try:
+        return config_of(parse_tree(read_whole(path, 1 << 20), what), what)
+    except UsageError as error:
+        raise BadFile(f"{error}; damaged, or of another version of this program: restore it, or train the run again") from error
 
 
 def environment(parts: Sequence[Part]) -> dict[str, Any]:

@@ -64,12 +64,9 @@ def _config(encoder: Encoder, shown: Any, what: str) -> Config:
     """The defaults with the export's encoder, and with the sweeps it saw, where the manifest says which."""
     config = dataclasses.replace(load_config(), name="export", encoder=encoder)
     shown = shown if isinstance(shown, dict) else {}
-    model = {**tree_of(config)["model"]}
+    model = {**tree_of(config)["model"], "past": 1000}  # as many as the sweeps may ask for; how many that is follows below
     for key, own in (("sweeps", "latent_sweeps"), ("joined", "join_sweeps"), ("rate_hz", "rate_hz")):
         model[own] = shown.get(key, model[own])
     config = config_of({**tree_of(config), "model": model}, f"{what}/{MANIFEST}, input")
-    sweeps = config.model.latent_sweeps
-    if not sweeps or not all(0 <= back < 1000 for back in sweeps):
-        raise WmError(f"{what}/{MANIFEST}: input.sweeps {list(sweeps)} cannot be; export the run again")
     train = dataclasses.replace(config.train, autocast="off")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, past=max(sweeps) + 1), train=train)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, past=max(config.model.latent_sweeps) + 1), train=train)

@@ -8,7 +8,8 @@ What a stamp of the velodyne means: the middle of the turn, when the scanner fac
 
 Drives differ from the format in ways that are normal and counted: files absent that the time stamps list, blank stamps, OXTS fields `nan`,
 JPEG in place of PNG, images shrunk (intrinsics are scaled to the size the files have), no OXTS (poses None). Without stamps of the scanner the
-nominal 10 Hz stand in, ``stamps="assumed"``; a camera or OXTS without stamps of its own takes the scanner's, which triggered it.
+nominal 10 Hz stand in, ``stamps="assumed"``; a camera or OXTS without stamps of its own takes the scanner's, which triggered it. Stamps that are
+there and cannot be read are another thing: they cost a camera or OXTS, and those of the scanner the drive.
 """
 
 from __future__ import annotations
@@ -45,32 +46,52 @@ _DRIVE = re.compile(r"(\d{4}_\d\d_\d\d)_drive_\d{4}_sync")
 
 
 def recognise(path: Path) -> float:
-    return 1.0 if _drives(path) else 0.0
+    try:
+        return 1.0 if _drives(path) else 0.0
+    except OSError:
+        return 0.0
 
 
 def open_logs(path: Path, options: Mapping[str, str]) -> Iterator[Log]:
-    """The drives at `path` in the order of their names. No options."""
+    """The drives at `path` in the order of their names, and in place of a date that cannot be listed the error that says so. No options."""
     if options:
         raise UsageError(f"kitti_raw has no option {one_line(', '.join(options))}")
-    drives = _drives(path)
+    try:
+        drives = _drives(path)
+    except OSError as error:
+        raise UsageError(f"{one_line(path)}: {error.strerror or error}; make the folder readable and run again") from error
     if not drives:
         raise UsageError(f"{one_line(path)}: no folder DATE_drive_NNNN_sync here or one level down; give a drive, a date or a folder of dates")
     return map(_open, drives)
 
 
-def _drives(path: Path) -> list[Path]:
-    """Drive folders: `path` itself, its children, or the children of its dates."""
-    try:
-        path = path.resolve()
-        if _DRIVE.fullmatch(path.name):
-            return [path]
-        folders = [path, *(child for child in path.iterdir() if _DATE.fullmatch(child.name) and child.is_dir())] if path.is_dir() else []
-        return sorted(child for folder in folders for child in folder.iterdir() if _DRIVE.fullmatch(child.name) and child.is_dir())
-    except OSError:
+def _drives(path: Path) -> list[Path | RecordError]:
+    """Drive folders: `path` itself, its children, or the children of its dates; for a date that cannot be listed, what is wrong with it. OSError
+    where `path` itself cannot be listed and is no date."""
+    path = path.resolve()
+    if _DRIVE.fullmatch(path.name):
+        return [path]
+    if not path.is_dir():
         return []
+    found: dict[Path, Path | RecordError] = {}
+    folders = [path]
+    for folder in folders:  # grows by the dates in `path`
+        try:
+            children = [c for c in folder.iterdir() if (_DRIVE.fullmatch(c.name) or _DATE.fullmatch(c.name)) and c.is_dir()]
+        except OSError as error:
+            if not _DATE.fullmatch(folder.name):
+                raise
+            reason = f"{error.strerror or error}, so its drives are left out; make the folder readable and run again"
+            found[folder] = RecordError(f"kitti_raw/{folder.name}: {reason}")
+            continue
+        found |= {child: child for child in children if _DRIVE.fullmatch(child.name)}
+        folders += [child for child in children if folder == path and _DATE.fullmatch(child.name)]
+    return [found[key] for key in sorted(found)]
 
 
-def _open(folder: Path) -> Log:
+def _open(folder: Path | RecordError) -> Log:
+    if isinstance(folder, RecordError):
+        raise folder
     try:
         return _Drive(folder).log
     except WmError as error:
@@ -151,11 +172,14 @@ class _Drive:
         return {index: file for index, (_, file) in sorted(found.items())}
 
     def _stamps(self, sensor: str) -> list[int | None] | None:
-        """Per line of timestamps.txt its stamp or None; None without such a file or without any stamp in it."""
+        """Per line of timestamps.txt its stamp or None; None without such a file or without any stamp in it. RecordError where it is there and
+        cannot be read: stamps assumed in its place would be wrong without a word."""
         try:
             text = read_beneath(self.folder, f"{sensor}/timestamps.txt", TEXT_BYTES).decode("utf-8", "replace")
-        except RecordError:
-            return None
+        except RecordError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return None
+            raise
         self.files.append(self.folder / sensor / "timestamps.txt")
         stamps = kitti.read_stamps(text)
         return stamps if any(stamp is not None for stamp in stamps) else None
@@ -183,12 +207,12 @@ class _Drive:
             if not listing:
                 continue
             try:
-                camera = self._camera(name, listing)
+                camera, stamps = self._camera(name, listing), self._own_or_scanner_stamps(name)
             except RecordError as error:
                 self.counts[f"{name}: left out ({error})"] += 1
                 continue
             cameras[name] = camera
-            image_stamps[name], self.images[name] = self._joined(name, listing, self._own_or_scanner_stamps(name))
+            image_stamps[name], self.images[name] = self._joined(name, listing, stamps)
         return cameras, image_stamps
 
     def _camera(self, name: str, listing: dict[int, str]) -> Camera:
@@ -220,7 +244,12 @@ class _Drive:
         listing = self._listing("oxts", (".txt",))
         if not listing:
             return None, None
-        stamps, items = self._joined("oxts", listing, self._own_or_scanner_stamps("oxts"))
+        try:
+            of_index = self._own_or_scanner_stamps("oxts")
+        except RecordError as error:
+            self.counts[f"oxts: left out ({error})"] += 1
+            return None, None
+        stamps, items = self._joined("oxts", listing, of_index)
         packets, errors = [], []
         for _, name in items:
             try:

@@ -26,6 +26,8 @@ SPEED_TOLERANCE_MPS, SPEED_TOLERANCE_SHARE = 0.15, 0.01
 # no car gains or loses this much within SPEED_WINDOW_S (2 g), so poses that say so jumped
 SPEED_JUMP_MPS = 10.0
 SPEED_LIMIT_MPS = 80.0
+# what `sensors.clips.clips_of` cuts where it is not told otherwise, and `wm evaluate` always: 5 past and 5 future frames
+CLIP_HZ, CLIP_FRAMES = 5.0, np.arange(-4, 6)
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,21 @@ def _gap_warning(sensor: SensorTiming) -> str:
     )
 
 
+def _slow_warning(lidar: SensorTiming) -> str | None:
+    """That no clip fits: of sweeps so far apart, the nearest ones to a clip's instants are the same twice, or too far from one."""
+    if lidar.median_step_s is None or lidar.median_step_s <= 1 / CLIP_HZ:
+        return None
+    wanted_s = CLIP_FRAMES / CLIP_HZ
+    nearest = np.round(wanted_s / lidar.median_step_s)
+    if len(set(nearest)) == len(nearest) and (np.abs(nearest * lidar.median_step_s - wanted_s) <= 0.5 / lidar.nominal_hz).all():
+        return None
+    rate_hz = 1 / lidar.median_step_s
+    return (
+        f"{lidar.name}: {rate_hz:.2f} sweeps a second, too few for clips of {CLIP_HZ:g} frames a second: none for `wm evaluate`, "
+        f"and for `wm pretrain` only at a lower rate: --set model.rate_hz={rate_hz:.3g}"
+    )
+
+
 def _warnings(log: Log, sensors: tuple[SensorTiming, ...], poses: PoseTiming | None, reference: Array | None) -> list[str]:
     out = []
     if log.stamps == "assumed":
@@ -203,6 +220,8 @@ def _warnings(log: Log, sensors: tuple[SensorTiming, ...], poses: PoseTiming | N
             continue
         if sensor.gaps_total:
             out.append(_gap_warning(sensor))
+        if reference is not None and sensor.name == log.reference_lidar and (slow := _slow_warning(sensor)):
+            out.append(slow)
         if sensor.rate_hz is not None and sensor.median_step_s is not None and not 0.8 < sensor.median_step_s * sensor.nominal_hz < 1.25:
             out.append(f"{sensor.name}: {1 / sensor.median_step_s:.2f} Hz where {sensor.nominal_hz:.2f} Hz is nominal; check the unit of the stamps")
         if reference is not None and sensor.first_ns is not None and sensor.last_ns is not None:

@@ -31,7 +31,8 @@ def read_beneath(root: Path, name: str, limit_bytes: int) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise RecordError(f"{shown}: {error.strerror or error}; fetch it again") from error
+        todo = "make it readable and run again" if isinstance(error, PermissionError) else "fetch it again"
+        raise RecordError(f"{shown}: {error.strerror or error}; {todo}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

@@ -17,7 +17,7 @@ from sensors import files
 from sensors.clips import nearest_index
 from sensors.errors import UsageError, WmError, one_line
 from sensors.geometry import pose_at
-from sensors.records import Image, Labels, Log, RecordError, Sweep
+from sensors.records import Image, Labels, Log, RecordError, Sweep, reference_of
 from sensors.store import format as layout
 from sensors.store.codec import encode, encode_arrays, encode_labels
 
@@ -255,7 +255,7 @@ class _Writer:
         log = self.log
         if not log.lidars:
             return None
-        reference = min(log.lidars, key=lambda name: (-len(self.kept[name]), name))
+        reference = reference_of({name: len(self.kept[name]) for name in log.lidars})
         stamps = self.kept[reference]
         table: dict[str, Any] = {"stamp_ns": stamps}
         types = {"stamp_ns": "int64"}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sensors.alignment.timing import GAP_STEPS, timing
+from sensors.clips import clips_of
 from sensors.records import Camera, Trajectory
 from tests.alignment.conftest import PERIOD_NS, START_NS, make_log, trajectory_of
 
@@ -99,6 +100,25 @@ def test_odd_rates_assumed_stamps_and_empty_sensors_are_told():
     assert any("no LiDAR sweeps" in line for line in empty.warnings) and empty.duration_s == 0
     one = timing(log_with(sweeps=STAMPS[:1], camera_ns=STAMPS[:1]))
     assert one.sensors[0].rate_hz is None and one.sensors[0].gaps == ()
+
+
+def test_a_lidar_too_slow_for_clips_is_told_with_the_rate_that_gives_some():
+    slow = START_NS + np.arange(COUNT, dtype=np.int64) * 10**9 // 2
+    log = log_with(sweeps=slow, camera_ns=slow, poses=None)
+    log = dataclasses.replace(
+        log, lidars={"top": dataclasses.replace(log.lidars["top"], rate_hz=2.0)}, poses=Trajectory(slow, np.tile(np.eye(4), (COUNT, 1, 1)))
+    )
+    (line,) = (line for line in timing(log).warnings if line.startswith("top: "))
+    assert "2.00 sweeps a second" in line and line.endswith("--set model.rate_hz=2")
+    assert not clips_of(log) and clips_of(log, rate_hz=2.0)
+
+
+@pytest.mark.parametrize("rate_hz", [2.5, 4.0, 4.4, 4.6, 4.9, 5.0, 10.0])
+def test_it_is_told_of_just_the_rates_that_give_no_clips(rate_hz):
+    stamps = START_NS + np.round(np.arange(COUNT) * 1e9 / rate_hz).astype(np.int64)
+    log = log_with(sweeps=stamps, camera_ns=stamps, poses=Trajectory(stamps, np.tile(np.eye(4), (COUNT, 1, 1))))
+    log = dataclasses.replace(log, lidars={"top": dataclasses.replace(log.lidars["top"], rate_hz=rate_hz)})
+    assert any("too few for clips" in line for line in timing(log).warnings) == (not clips_of(log))
 
 
 def test_warnings_are_single_lines():

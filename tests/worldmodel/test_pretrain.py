@@ -151,6 +151,30 @@ def test_a_command_that_never_began_leaves_its_folder_to_the_corrected_one(store
     assert main(command) == 2 and "holds a run already" in capsys.readouterr().err
 
 
+DAMAGED = {"empty": b"", "binary": b"\xff\xfe\0\x80", "no mapping": b"- 1\n", "a key of a number": b"1: 2\n", "a date": b"name: 2020-13-45\n"}
+
+
+@pytest.mark.parametrize("how", [*DAMAGED, "cut", "unknown key", "nested key of a number", "a number that cannot be"])
+def test_a_damaged_configuration_is_named_by_every_command_that_opens_the_run(untrained, store, tmp_path, capsys, how):
+    from worldmodel.tools.cli import main
+
+    run = untrained(tmp_path / "run")
+    file = run / "config.yaml"
+    whole = file.read_bytes()
+    (run / "data.json").write_text(json.dumps({"data": [str(store)]}))
+    changes = {"cut": whole[: len(whole) // 2], "unknown key": whole + b"more: 1\n",
+               "nested key of a number": whole.replace(b"train:", b"train:\n  1: 2"),
+               "a number that cannot be": whole.replace(b"every_s: 0.5", b"every_s: 0")}  # fmt: skip
+    file.write_bytes((DAMAGED | changes)[how])
+    assert file.read_bytes() != whole
+    data = ["--data", str(store)]
+    for command in (["evaluate", str(run), *data], ["forecast", str(run), *data], ["export", str(run), "-o", str(tmp_path / "out")],
+                    ["finetune", "--from", str(run), *data, "--test", str(store)], ["pretrain", "--resume", str(run)]):  # fmt: skip
+        assert main(command) == 1, command
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith(f"wm {command[0]}: "))
+        assert str(file) in line and "restore it" in line
+
+
 @pytest.mark.parametrize("name, words", [("gpu", "not one of cpu, cuda"), ("meta", "not one of cpu, cuda"), ("cuda:99", "GPUs here")])
 def test_a_device_that_is_not_there_is_a_question_of_usage(run, store, tmp_path, capsys, name, words):
     from worldmodel.tools.cli import main

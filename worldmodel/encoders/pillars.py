@@ -114,6 +114,7 @@ class PillarEncoder(nn.Module):
 
     def __init__(self, config: Encoder) -> None:
         super().__init__()
+        config.check_maps()
         self.config = config
         self.vfe = PillarVFE(config)
         self.backbone_2d = BaseBEVBackbone(config)
