@@ -352,7 +352,7 @@ def _store(job: _Job, source: tuple[Path, str], log: Log, step: Callable[[str], 
     items = sum(row["sweeps"] for row in manifest["lidars"].values()) + sum(row["images"] for row in manifest["cameras"].values())
     reasons = tuple(Quarantined(log.id, row["reason"], row["sensor"], row["stamp_ns"]) for row in manifest["quarantined"])
     sweeps = {name: row["sweeps"] for name, row in manifest["lidars"].items()}
-    reference = reference_of(sweeps) if len(sweeps) > 1 else None
+    reference = reference_of(log.lidars, sweeps) if len(sweeps) > 1 else None
     return _Outcome("stored", log.id, items, sum(row["bytes"] for row in manifest["files"]), reference, reasons)
 
 

@@ -282,9 +282,11 @@ class Labels:
     read_missing_rays: Callable[[str, int], Array | None] = lambda lidar, index: None
 
 
-def reference_of(sweeps: Mapping[str, int]) -> str:
-    """The LiDAR that frames are built on, of those that have so many sweeps: the one with the most, the first of them by name."""
-    return min(sweeps, key=lambda name: (-sweeps[name], name))
+def reference_of(lidars: Mapping[str, Lidar], sweeps: Mapping[str, int]) -> str:
+    """The LiDAR that frames are built on: of those that have most sweeps, give or take a tenth, the one mounted highest, which sees all around;
+    of equals the first by name."""
+    most = max(sweeps[name] for name in lidars)
+    return min((name for name in lidars if sweeps[name] >= 0.9 * most), key=lambda name: (-float(lidars[name].ego_from_lidar[2, 3]), name))
 
 
 def no_labels() -> Labels | None:
@@ -346,10 +348,10 @@ class Log:
 
     @property
     def reference_lidar(self) -> str:
-        """The LiDAR that frames are built on: the one with the most sweeps, the first of them by name."""
+        """The LiDAR that frames are built on, see `reference_of`."""
         if not self.lidars:
             raise RecordError(f"log {self.id}: no LiDAR; frames need one")
-        return reference_of({name: len(self.sweep_stamps_ns[name]) for name in self.lidars})
+        return reference_of(self.lidars, {name: len(self.sweep_stamps_ns[name]) for name in self.lidars})
 
 
 @dataclass(frozen=True, eq=False)

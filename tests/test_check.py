@@ -186,13 +186,13 @@ def test_one_log_without_lidar_or_with_poses_that_jump_does_not_stop_the_page():
 
 
 def test_of_several_lidars_the_one_that_frames_are_built_on_is_told_once(tmp_path, capsys, monkeypatch):
-    several = "logs with several LiDARs: frames are built on the one with the most sweeps"
+    several = "logs with several LiDARs: frames are built on the highest of those with most sweeps"
     one = street_log()
     two = dataclasses.replace(
         one,
         id="made/two",
         lidars={name: Lidar(name, np.eye(4), 10.0) for name in ("side", "top")},
-        sweep_stamps_ns={"side": STAMPS[:9], "top": STAMPS},
+        sweep_stamps_ns={"side": STAMPS[: len(STAMPS) // 2], "top": STAMPS},
     )
     for name, log in (("one", one), ("two", two), ("three", dataclasses.replace(two, id="made/three"))):
         write_log(tmp_path / ("single" if name == "one" else "several"), log)
@@ -204,13 +204,25 @@ def test_of_several_lidars_the_one_that_frames_are_built_on_is_told_once(tmp_pat
     assert [log["reference"] for log in json.loads(capsys.readouterr().out)["logs"]] == ["top", "top"]
 
 
+def test_of_lidars_with_as_many_sweeps_the_highest_is_taken():
+    def taken(heights_m, missing):
+        lidars = {name: Lidar(name, np.eye(4) + height * np.outer([0, 0, 1, 0], [0, 0, 0, 1]), 10.0) for name, height in heights_m.items()}
+        stamps = {name: np.arange(100 - missing.get(name, 0)) * 100_000_000 for name in lidars}
+        return dataclasses.replace(street_log(), lidars=lidars, sweep_stamps_ns=stamps, poses=None).reference_lidar
+
+    assert taken({"front": 0.6, "roof": 1.9, "side": 0.6}, {}) == taken({"front": 0.6, "roof": 1.9, "side": 0.6}, {"roof": 10}) == "roof"
+    assert taken({"front": 0.6, "roof": 1.9}, {"roof": 11}) == taken({"front": 1.0, "side": 1.0}, {}) == "front"
+
+
 def test_ingest_tells_of_several_lidars_too(tmp_path, capsys, monkeypatch):
     from sensors import ingest
 
     def source(path, dataset, options):
         one = street_log()
         lidars = {name: Lidar(name, np.eye(4), 10.0) for name in ("side", "top")}
-        return iter([one, dataclasses.replace(one, id="made/two", lidars=lidars, sweep_stamps_ns={"side": STAMPS, "top": STAMPS[:9]})])
+        return iter(
+            [one, dataclasses.replace(one, id="made/two", lidars=lidars, sweep_stamps_ns={"side": STAMPS, "top": STAMPS[: len(STAMPS) // 2]})]
+        )
 
     monkeypatch.setattr(ingest, "open_source", source)
     assert main(["ingest", str(tmp_path / "raw"), str(tmp_path / "store"), "--dataset", "kitti_raw"]) == 0

@@ -60,8 +60,8 @@ def print_references(references: Mapping[str, int]) -> None:
     """One remark on logs that have several LiDARs: in how many of them frames are built on which. Nothing where there are none."""
     if references:
         taken = ", ".join(f"{one_line(name, 40)} in {count}" for name, count in list(references.items())[:5])
-        print(f"logs with several LiDARs: frames are built on the one with the most sweeps, of equals the first by name ({taken}); no option chooses "
-              "another, an adapter that leaves it out does")  # fmt: skip
+        print(f"logs with several LiDARs: frames are built on the highest of those with most sweeps ({taken}); no option chooses another, an "
+              "adapter that leaves it out does")  # fmt: skip
 
 
 def print_json(command: str, **fields: Any) -> None:

@@ -255,7 +255,7 @@ class _Writer:
         log = self.log
         if not log.lidars:
             return None
-        reference = reference_of({name: len(self.kept[name]) for name in log.lidars})
+        reference = reference_of(log.lidars, {name: len(self.kept[name]) for name in log.lidars})
         stamps = self.kept[reference]
         table: dict[str, Any] = {"stamp_ns": stamps}
         types = {"stamp_ns": "int64"}
