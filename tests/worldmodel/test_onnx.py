@@ -335,7 +335,7 @@ def test_an_untouched_archive_survives_being_rewritten(as_pt2):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda c: c["encoder"].update(widths=[16, 1 << 30, 16]), "does not fit"), (lambda c: c["encoder"].update(layers=[1 << 30, 1, 1]), "more layers"),
+    (lambda c: c["encoder"].update(widths=[16, 1 << 29, 16]), "does not fit"), (lambda c: c["encoder"].update(layers=[1 << 29, 1, 1]), "more layers"),
     (lambda c: c["encoder"].update(voxel=[1e-9, 1e-9, 6]), "pillars"), (lambda c: c.pop("encoder"), "missing"),
     (lambda c: c["encoder"].pop("low"), "low"), (lambda c: c["encoder"].update(widths="x"), "widths"),
 ])  # fmt: skip
