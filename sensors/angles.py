@@ -1,4 +1,7 @@
-"""Angles for compiled loops: polynomials without branches, so that a loop over points becomes one over vectors of them."""
+"""Angles for compiled loops: polynomials without branches, so that a loop over points becomes one over vectors of them.
+
+Numba keeps what it compiled per file of the caller and does not look here: after a change of this file remove `__pycache__`.
+"""
 
 from __future__ import annotations
 

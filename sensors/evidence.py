@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sensors.angles import HALF_PI, PI, atan2
 from sensors.geometry import inverse, transform_points
-from sensors.kernels.directions import AZIMUTH_CELLS, View, _turn, interpolate
+from sensors.kernels.directions import AZIMUTH_CELLS, View, interpolate, turn
 from sensors.rays import History, Rays
 
 Array = NDArray[Any]
@@ -82,11 +82,11 @@ def _seen_beyond(points, start, azimuth, elevation, radius, n_elevation, step_el
             c = r * AZIMUTH_CELLS
             # the cells of a row lie one behind the other, but for those across the seam
             for at in range(start[c + max(low, 0)], start[c + min(high, AZIMUTH_CELLS)]):
-                best, out[i] = _closer(_turn(azimuth[at] - a), elevation[at] - e, best, radius[at] - distance, out[i])
+                best, out[i] = _closer(turn(azimuth[at] - a), elevation[at] - e, best, radius[at] - distance, out[i])
             if low < 0 or high > AZIMUTH_CELLS:
                 across = c + (AZIMUTH_CELLS - 1 if low < 0 else 0)
                 for at in range(start[across], start[across + 1]):
-                    best, out[i] = _closer(_turn(azimuth[at] - a), elevation[at] - e, best, radius[at] - distance, out[i])
+                    best, out[i] = _closer(turn(azimuth[at] - a), elevation[at] - e, best, radius[at] - distance, out[i])
         if out[i] == out[i]:
             out[i] = min(max(out[i], -limit), limit)
 

@@ -1,8 +1,7 @@
 """How sure a forecast may be, and how far to trust the state: per arm and horizon a factor of the scales, and for the model, per horizon, the
-share that counts of what the state adds to rays whose readings are told (a fifth of a second ahead readings mostly know better, a second
-ahead the state does). The one is fitted by likelihood, the other by CRPS, whose metres are those of the tables, on held-out training clips;
-both are applied wherever the model answers. The masses stay as learned: a temperature on them fits no better, and it moves medians from one
-surface to another."""
+share that counts of what the state adds to rays whose readings are told. The one is fitted by likelihood, the other by CRPS, whose metres are
+those of the tables, on held-out training clips; both are applied wherever the model answers. The masses stay as learned: a temperature on them
+fits no better, and it moves medians from one surface to another."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _sort_into_cells(points, pose, n_elevation, step_elevation):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _turn(angle):
+def turn(angle):
     """An angle difference brought into -pi..pi."""
     if angle > np.float32(np.pi):
         return angle - np.float32(2 * np.pi)
@@ -186,7 +186,7 @@ def _quadrants(directions, start, order, azimuth, elevation, radius, n_elevation
             for dc in range(-REACH, REACH + 1):
                 c = r * AZIMUTH_CELLS + (column + dc) % AZIMUTH_CELLS
                 for at in range(start[c], start[c + 1]):
-                    da = _turn(azimuth[at] - a)
+                    da = turn(azimuth[at] - a)
                     de = elevation[at] - e
                     quadrant = (1 if da >= 0 else 0) + (2 if de >= 0 else 0)
                     d = (da * scale_a) ** 2 + (de * scale_e) ** 2
@@ -197,7 +197,7 @@ def _quadrants(directions, start, order, azimuth, elevation, radius, n_elevation
             at = best_at[quadrant]
             if at >= 0:
                 out_range[i, quadrant] = radius[at]
-                out_daz[i, quadrant] = _turn(azimuth[at] - a)
+                out_daz[i, quadrant] = turn(azimuth[at] - a)
                 out_del[i, quadrant] = elevation[at] - e
             else:
                 out_range[i, quadrant] = np.nan
