@@ -87,8 +87,7 @@ def _seen_beyond(points, start, azimuth, elevation, radius, n_elevation, step_el
                 across = c + (AZIMUTH_CELLS - 1 if low < 0 else 0)
                 for at in range(start[across], start[across + 1]):
                     best, out[i] = _closer(turn(azimuth[at] - a), elevation[at] - e, best, radius[at] - distance, out[i])
-        if out[i] == out[i]:
-            out[i] = min(max(out[i], -limit), limit)
+        out[i] = min(max(out[i], -limit), limit)  # of NaN both give NaN
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
