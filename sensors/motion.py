@@ -36,6 +36,8 @@ FEWEST = 5
 LOWEST_M = 0.15
 FLAT_M = 0.06  # what is lower is one beam on a slope, and walks with the sensor
 TOP_SPEED, SEARCH_STEP = 24.0, 0.5
+# faster than that is only who drives along the road, which is where the ego vehicle heads
+TOP_ALONG, TOP_ASIDE = 45.0, 6.0
 SLOWEST = 0.5
 SEARCHED, CLIMBED, REGISTERED, PEAKS = 24, 64, 96, 4
 LEAST_OVERLAP = 0.4  # of a velocity worth a closer look: one that holds has more than half of the points on the maps
@@ -445,7 +447,9 @@ class _Tracker:
         peaks, scores = np.zeros((PEAKS, 2)), np.zeros(PEAKS)
         few = np.ascontiguousarray(few[:, :2])
         pooled = self.pooled[id(maps)]
-        clusters.search(few, times, maps, pooled, FINE_CELL_M, TOP_SPEED, SEARCH_STEP, self.first, LEAST_OVERLAP, peaks, scores)
+        clusters.search(
+            few, times, maps, pooled, FINE_CELL_M, TOP_SPEED, TOP_ALONG, TOP_ASIDE, SEARCH_STEP, self.first, LEAST_OVERLAP, peaks, scores
+        )
         best, best_score = None, needed
         for peak in peaks[scores > 0]:
             out = np.zeros(3)

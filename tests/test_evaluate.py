@@ -78,13 +78,13 @@ class Knowing:
     def __init__(self, off_m: float = 0.0, scale_m: float = 0.05, silent: bool = False) -> None:
         self.off_m, self.scale_m, self.silent, self.asked = off_m, scale_m, silent, []
 
-    def mixtures(self, clip, history, rays):
+    def mixtures(self, clip, history, rays, arms):
         self.asked.append((clip, history, rays))
         out = []
         for asked in rays:
             one = np.ones((len(asked.ranges), 1), np.float32)
             out.append(Mixture(one * (not self.silent), asked.ranges[:, None] + self.off_m, one * self.scale_m))
-        return {arm: out for arm in self.arms}
+        return {arm: out for arm in arms}
 
 
 def pick(table, method, subset="all", horizon=None, log=None):

@@ -1,7 +1,7 @@
-"""How sure a forecast may be, and how far to trust the state: per arm and horizon a factor of the scales, and for the model, per horizon, the
-share that counts of what the state adds to rays whose readings are told. The one is fitted by likelihood, the other by CRPS, whose metres are
-those of the tables, on held-out training clips; both are applied wherever the model answers. The masses stay as learned: a temperature on them
-fits no better, and it moves medians from one surface to another."""
+"""How sure a forecast may be, and how far to trust the state: per arm and horizon a factor of the scales, and for the model the share that
+counts of what the state adds to rays whose readings are told. The one is fitted by likelihood, the other by CRPS, whose metres are those of the
+tables, on held-out training clips; both are applied wherever the model answers. The masses stay as learned: a temperature on them fits no
+better, and it moves medians from one surface to another."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ FACTORS = np.geomspace(0.5, 3.0, 31)
 SHARES = np.linspace(0.0, 1.0, 9)
 MOST_RAYS = 1500  # of an instant, spread over the clips: one number is fitted to them
 
-Rows = Sequence[Sequence[float]]  # (horizon_s, number) of each, by rising horizon
-Table = Mapping[str, Rows]
+Table = Mapping[str, Sequence[Sequence[float]]]  # arm -> rows of (horizon_s, factor)
 
 
 def widened(mixture: Mixture, factor: Tensor | float) -> Mixture:
@@ -42,21 +41,11 @@ def fit(mixture: Mixture, ranges: Tensor, horizon_s: Tensor, step: Tensor) -> li
     return sorted(rows)
 
 
-def fit_shares(answers: Sequence[Mixture], ranges: Tensor, horizon_s: Tensor, step: Tensor) -> list[list[float]]:
-    """Rows (horizon_s, share), one an instant: of SHARES the one whose answers, a mixture of the rays (N,) for each of them, have the least
-    mean CRPS."""
+def fit_share(answers: Sequence[Mixture], ranges: Tensor) -> float:
+    """The one of SHARES whose answers, a mixture of the rays (N,) for each of them, have the least mean CRPS."""
     truth = ranges.numpy()
-    score = [crps(m.log_mass.exp().numpy(), m.centre.numpy(), m.scale.numpy(), truth) for m in (widened(a, 1.0) for a in answers)]
-    instants = [(step == k).numpy() for k in torch.unique(step).tolist()]
-    return sorted([float(horizon_s.numpy()[k].mean()), float(SHARES[int(np.argmin([s[k].mean() for s in score]))])] for k in instants)
-
-
-def shares_at(rows: Rows | None, horizon_s: Tensor) -> Tensor:
-    """Of rays at these horizons (N,), between the fitted ones; 1 without rows."""
-    if not rows:
-        return torch.ones_like(horizon_s)
-    at_s, shares = np.asarray(rows, float).T
-    return torch.from_numpy(np.interp(horizon_s.cpu().numpy(), at_s, shares)).to(horizon_s)
+    score = [crps(m.log_mass.exp().numpy(), m.centre.numpy(), m.scale.numpy(), truth).mean() for m in (widened(a, 1.0) for a in answers)]
+    return float(SHARES[int(np.argmin(score))])
 
 
 def at(table: Table | None, arm: str, horizon_s: float) -> float:
@@ -72,12 +61,13 @@ def checked(value: Any) -> dict[str, list[list[float]]] | None:
     return {str(arm): _rows(rows) for arm, rows in value.items()} if isinstance(value, dict) else None
 
 
-def checked_shares(value: Any) -> list[list[float]] | None:
-    """Rows as a checkpoint's JSON holds them, or None. WmError for what are no shares."""
-    rows = None if value is None else _rows(value)
-    if rows and not all(0 <= share <= 1 for _, share in rows):
-        raise WmError("the checkpoint's state.json says shares that are not between 0 and 1; train the run again")
-    return rows
+def checked_share(value: Any) -> float:
+    """The share as a checkpoint's JSON holds it; 1 where it holds none. WmError for what is no share."""
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise WmError("the checkpoint's state.json says a share that is not between 0 and 1; train the run again")
+    return float(value)
 
 
 def _rows(value: Any) -> list[list[float]]:

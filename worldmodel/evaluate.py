@@ -56,7 +56,7 @@ class Forecaster(Protocol):
 
     arms: tuple[str, ...]
 
-    def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays]) -> dict[str, list[Mixture]]: ...
+    def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays], arms: Sequence[str]) -> dict[str, list[Mixture]]: ...
 
 
 @dataclass(frozen=True)
@@ -284,10 +284,9 @@ class _Methods:
     def answers(self, clip: Clip, history: History, rays: Sequence[Rays]) -> Iterator[tuple[str, int, metrics.Answer]]:
         """(method, index into rays, answer) of every method."""
         if self.forecaster is not None and self.arms:
-            for arm, mixtures in self.forecaster.mixtures(clip, history, rays).items():
-                if arm in self.arms:
-                    for k, (asked, mixture) in enumerate(zip(rays, mixtures, strict=True)):
-                        yield arm, k, metrics.answer_of_mixture(mixture, asked.ranges)
+            for arm, mixtures in self.forecaster.mixtures(clip, history, rays, self.arms).items():
+                for k, (asked, mixture) in enumerate(zip(rays, mixtures, strict=True)):
+                    yield arm, k, metrics.answer_of_mixture(mixture, asked.ranges)
         for name, predict in self.baselines.items():
             for k, asked in enumerate(rays):
                 yield name, k, metrics.answer_of_points(predict(history, asked), asked.ranges, self._scale(name, asked.horizon_s))

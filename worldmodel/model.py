@@ -113,8 +113,8 @@ class WorldModel(nn.Module):
             for norm in norms:
                 norm.track_running_stats = True
 
-    def read(self, states: Tensor, rays: RayInput, prior: Prior, share: Tensor | float = 1.0) -> Mixture:
-        """The rays with what the states (B,K+1,C,H,W) add to their prior; share, (L,) or a number: how much of it where readings are told."""
+    def read(self, states: Tensor, rays: RayInput, prior: Prior, share: float = 1.0) -> Mixture:
+        """The rays with what the states (B,K+1,C,H,W) add to their prior; share: how much of it where readings are told."""
         return self.changed(prior, self.change(states, rays, prior), shared(rays, share))
 
     def change(self, states: Tensor, rays: RayInput, prior: Prior) -> Tensor:
@@ -137,6 +137,6 @@ class WorldModel(nn.Module):
         return sample_maps(maps, of.reshape(-1), places.reshape(-1, 2)).unflatten(0, position.shape)
 
 
-def shared(rays: RayInput, share: Tensor | float) -> Tensor:
+def shared(rays: RayInput, share: float) -> Tensor:
     """(N,1,1): the share for rays whose readings are told, and 1 where the state alone has to answer."""
     return torch.where(rays.with_evidence & rays.told, share, 1.0)[:, None, None]

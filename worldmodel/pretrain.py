@@ -312,7 +312,7 @@ def train(
             best = measured["loss"]
         state = {"elapsed_s": elapsed, "best_loss": best if math.isfinite(best) else None, "best": is_best,
                  "random_rank": random_rank if math.isfinite(random_rank) else None, "unreadable": source.unreadable,
-                 "calibration": measured["calibration"] if measured else None, "shares": measured["shares"] if measured else None}  # fmt: skip
+                 "calibration": measured["calibration"] if measured else None, "share": measured["share"] if measured else None}  # fmt: skip
         checkpoint.save(run, step, model, optimizers, state)
 
     with _signals() as arrived, journal:

@@ -39,7 +39,7 @@ class Trained:
         found = checkpoint.load(run, which)
         self.step = found.step
         self.calibration = calibration.checked(found.state.get("calibration"))
-        self.shares = calibration.checked_shares(found.state.get("shares"))
+        self.share = calibration.checked_share(found.state.get("share"))
         self.model = WorldModel(self.config)
         try:
             self.model.load_state_dict(found.weights)
@@ -95,16 +95,16 @@ class Trained:
                 if EVIDENCE_ONLY in arms:
                     answers[EVIDENCE_ONLY] = head.mixture(prior.position, prior.raw, prior.candidate)
                 if MODEL in arms:
-                    answers[MODEL] = self.model.read(states, rays, prior, calibration.shares_at(self.shares, rays.horizon_s))
+                    answers[MODEL] = self.model.read(states, rays, prior, self.share)
             for arm, less in ((POSITIONS, untold_evidence), (NO_EVIDENCE, without_evidence)):
                 if arm in arms:
                     asked = less(rays)
                     answers[arm] = self.model.read(states, asked, head.prior(asked))
         return answers
 
-    def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays]) -> dict[str, list[forecast.Mixture]]:
+    def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays], arms: Sequence[str] = arms) -> dict[str, list[forecast.Mixture]]:
         """Per arm the range distributions of each set of rays: what evaluation asks for."""
-        return {arm: [_plain(m) for m in mixtures] for arm, mixtures in self.raw_mixtures(clip, history, rays).items()}
+        return {arm: [_plain(m) for m in mixtures] for arm, mixtures in self.raw_mixtures(clip, history, rays, arms).items()}
 
     def forecast(self, clip: Clip, hide_sector_rad: tuple[float, float] | None = None, count: int | None = None) -> forecast.Forecast:
         """Forecast of every future frame of the clip along the rays of its true returns, beside what the baselines say. count: rays a sweep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -72,7 +72,7 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: WorldModel, autocast: AbstractContextManager[Any], device: torch.device) -> dict[str, Any]:
-        """loss (validation ray_forecast: with evidence and without, averaged), scalars, health, the calibration table and the shares."""
+        """loss (validation ray_forecast: with evidence and without, averaged), scalars, health, the calibration table and the share."""
         model.eval()
         told: list[tuple[RayInput, Prior, Tensor]] = []
         parts: dict[str, list[Mixture]] = {"evidence_only": [], "model@positions": [], "model@no_evidence": []}
@@ -101,12 +101,12 @@ class HeldOut:
             raise WmError("no held-out clip is readable; run `wm check` on the store")
         ranges, horizon, step = (torch.cat(column) for column in zip(*truth, strict=True))
 
-        def answers(share_of: Callable[[RayInput], Tensor | float]) -> list[Mixture]:
-            return [_first(model.changed(prior, change, shared(rays, share_of(rays))), len(rays.origin)) for rays, prior, change in told]
-
-        by_share = [concatenated(answers(lambda rays, share=share: share)) for share in calibration.SHARES.tolist()]
-        shares = calibration.fit_shares(by_share, ranges, horizon, step)
-        parts["model"] = answers(lambda rays: calibration.shares_at(shares, rays.horizon_s))
+        by_share = [
+            [_first(model.changed(prior, change, shared(rays, share)), len(rays.origin)) for rays, prior, change in told]
+            for share in calibration.SHARES.tolist()
+        ]
+        share = calibration.fit_share([concatenated(answers) for answers in by_share], ranges)
+        parts["model"] = by_share[calibration.SHARES.tolist().index(share)]
         scalars: dict[str, float] = {}
         table = {}
         for arm, mixtures in parts.items():
@@ -120,7 +120,7 @@ class HeldOut:
         scalars |= state.scalars()
         loss = 0.5 * (scalars["val/nll_model"] + scalars["val/nll_model@no_evidence"])
         scalars["val/ray_forecast"] = loss
-        return {"loss": loss, "scalars": scalars, "health": state, "calibration": table, "shares": shares}
+        return {"loss": loss, "scalars": scalars, "health": state, "calibration": table, "share": share}
 
     @torch.no_grad()
     def pictures(self, model: WorldModel, autocast: AbstractContextManager[Any], device: torch.device) -> dict[str, NDArray[Any]]:

@@ -218,13 +218,14 @@ def pool(map_, out):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search(points, times, maps, pooled, cell, top, step, first, least, peaks, scores):
-    """Velocities of a grid of `step` within `top` m/s whose overlap over the sweeps k >= first is a local maximum of more than `least`:
-    the best len(peaks) of them go to peaks (P,2) and scores (P,), best first (unused: score -1). pooled (T-1,n/POOL,n/POOL) u8: the maps
-    by `pool`. Velocities are looked at in blocks, and not at all where the pooled maps say that none of a block can reach `least`."""
-    half = int(top / step)
-    width = 2 * half + 1
-    grid = np.full((width, width), np.float32(-1))
+def search(points, times, maps, pooled, cell, top, along, aside, step, first, least, peaks, scores):
+    """Velocities of a grid of `step`, within `top` m/s or within `along` m/s of x and `aside` m/s of y, whose overlap over the sweeps
+    k >= first is a local maximum of more than `least`: the best len(peaks) of them go to peaks (P,2) and scores (P,), best first (unused:
+    score -1). pooled (T-1,n/POOL,n/POOL) u8: the maps by `pool`. Velocities are looked at in blocks, and not at all where the pooled maps
+    say that none of a block can reach `least`."""
+    half_x, half_y = int(max(top, along) / step), int(max(top, aside) / step)
+    width_x, width_y = 2 * half_x + 1, 2 * half_y + 1
+    grid = np.full((width_x, width_y), np.float32(-1))
     n = maps.shape[1]
     middle = np.float32(n // 2)
     per = np.float32(1.0 / cell)
@@ -236,10 +237,13 @@ def search(points, times, maps, pooled, cell, top, step, first, least, peaks, sc
         farthest = max(farthest, abs(times[k]))
     bounded = (BLOCK // 2) * step * farthest * per < POOL - 0.01
     enough = least * 255.0 * m * sweeps
-    for a0 in range(0, width, BLOCK):
-        for b0 in range(0, width, BLOCK):
+    for a0 in range(0, width_x, BLOCK):
+        for b0 in range(0, width_y, BLOCK):
+            if (a0 + BLOCK - 1 - half_x) * step < -top or (a0 - half_x) * step > top:  # faster than top: along x alone
+                if (b0 + BLOCK - 1 - half_y) * step < -aside or (b0 - half_y) * step > aside:
+                    continue
             if bounded:
-                vx, vy = (a0 + BLOCK // 2 - half) * step, (b0 + BLOCK // 2 - half) * step
+                vx, vy = (a0 + BLOCK // 2 - half_x) * step, (b0 + BLOCK // 2 - half_y) * step
                 bound = np.int64(0)
                 for k in range(first, maps.shape[0]):
                     ox, oy = np.float32(vx * times[k]) * per + middle, np.float32(vy * times[k]) * per + middle
@@ -250,10 +254,10 @@ def search(points, times, maps, pooled, cell, top, step, first, least, peaks, sc
                             bound += pooled[k, min(max(r, 0), last), min(max(c, 0), last)]
                 if bound <= enough:
                     continue
-            for a in range(a0, min(a0 + BLOCK, width)):
-                for b in range(b0, min(b0 + BLOCK, width)):
-                    vx, vy = (a - half) * step, (b - half) * step
-                    if vx * vx + vy * vy > top * top:
+            for a in range(a0, min(a0 + BLOCK, width_x)):
+                for b in range(b0, min(b0 + BLOCK, width_y)):
+                    vx, vy = (a - half_x) * step, (b - half_y) * step
+                    if vx * vx + vy * vy > top * top and (abs(vx) > along or abs(vy) > aside):
                         continue
                     total = np.int64(0)
                     for k in range(first, maps.shape[0]):
@@ -264,8 +268,8 @@ def search(points, times, maps, pooled, cell, top, step, first, least, peaks, sc
                                 total += maps[k, int(fx), int(fy)]
                     grid[a, b] = total / (255.0 * m * sweeps)
     scores[:] = -1
-    for a in range(1, width - 1):
-        for b in range(1, width - 1):
+    for a in range(1, width_x - 1):
+        for b in range(1, width_y - 1):
             value = grid[a, b]
             if value <= scores[-1] or value <= least:
                 continue
@@ -282,7 +286,7 @@ def search(points, times, maps, pooled, cell, top, step, first, least, peaks, sc
                 scores[at], peaks[at] = scores[at - 1], peaks[at - 1]
                 at -= 1
             scores[at] = value
-            peaks[at, 0], peaks[at, 1] = (a - half) * step, (b - half) * step
+            peaks[at, 0], peaks[at, 1] = (a - half_x) * step, (b - half_y) * step
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -149,24 +149,26 @@ def test_a_pooled_map_is_the_largest_around_each_block(seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), step=st.sampled_from([0.4, 1.5, 3.0]), least=st.floats(0, 0.6))
-def test_search_leaves_out_only_what_cannot_be_a_peak(seed, step, least):
+@given(
+    seed=st.integers(0, 10_000), step=st.sampled_from([0.4, 1.5, 3.0]), least=st.floats(0, 0.6),
+    band=st.sampled_from([(0.0, 0.0), (16.0, 3.0), (3.0, 13.0), (17.0, 11.0)]),
+)  # fmt: skip
+def test_search_leaves_out_only_what_cannot_be_a_peak(seed, step, least, band):
     rng = np.random.default_rng(seed)
     maps = np.zeros((3, N, N), np.uint8)
     shape = rng.uniform(-7, 7, (12, 2)).astype(np.float32)
-    times, v = np.array([-0.6, -0.4, -0.2]), rng.uniform(-8, 8, 2)
+    times, v = np.array([-0.6, -0.4, -0.2]), rng.uniform(-8, 8, 2) * rng.choice((1, 2))
     for k, t in enumerate(times):
         there = shape[rng.random(12) < 0.8] + (v * t).astype(np.float32)
         old = np.concatenate((there, rng.uniform(-8, 8, (6, 2)).astype(np.float32)))
         clusters.splat(np.concatenate((old, np.zeros((len(old), 1), np.float32)), 1), np.ones(len(old), bool), CELL, 0.6, maps[k])
     peaks, scores = np.zeros((4, 2)), np.zeros(4)
-    clusters.search(shape, times, maps, pooled(maps), CELL, 10.0, step, 1, least, peaks, scores)
-    half = int(10.0 / step)
-    speeds = np.arange(-half, half + 1) * step
-    grid = np.full((len(speeds), len(speeds)), -1.0)
-    for a, vx in enumerate(speeds):
-        for b, vy in enumerate(speeds):
-            if vx * vx + vy * vy <= 100.0:
+    clusters.search(shape, times, maps, pooled(maps), CELL, 10.0, *band, step, 1, least, peaks, scores)
+    along, aside = (np.arange(-half, half + 1) * step for half in (int(max(10.0, most) / step) for most in band))
+    grid = np.full((len(along), len(aside)), -1.0)
+    for a, vx in enumerate(along):
+        for b, vy in enumerate(aside):
+            if vx * vx + vy * vy <= 100.0 or (abs(vx) <= band[0] and abs(vy) <= band[1]):
                 grid[a, b] = clusters.overlap(shape, vx, vy, 0.0, times, maps, CELL, 1)
     inner = grid[1:-1, 1:-1]
     best = inner[(inner == ndimage.maximum_filter(grid, 3, mode="nearest")[1:-1, 1:-1]) & (inner > least + 0.02)]
@@ -189,7 +191,7 @@ def test_search_and_climb_find_the_velocity_that_was_put_in():
         clusters.splat(old, np.ones(60, bool), cell, 0.17, maps[k])
     peaks, scores, out = np.zeros((3, 2)), np.zeros(3), np.zeros(3)
     flat = shape.astype(np.float32)
-    clusters.search(flat, times, maps, pooled(maps), cell, 12.0, 0.5, 2, 0.1, peaks, scores)
+    clusters.search(flat, times, maps, pooled(maps), cell, 12.0, 20.0, 2.0, 0.5, 2, 0.1, peaks, scores)
     assert np.abs(peaks[0] - v).max() <= 0.5
     assert (np.diff(scores) <= 0).all()
     steps = np.array([[0.25, 0.0], [0.06, 0.0]])

@@ -42,16 +42,11 @@ def test_a_table_of_another_version_is_refused():
         calibration.checked({"model": [[0.2, 0.9, 1.1]]})
 
 
-def test_the_share_whose_answers_are_nearest_is_chosen_per_horizon():
-    truth = 20 + torch.distributions.Laplace(0, 0.2).sample((900,))
-    step = torch.arange(900) % 3
-    best, one = torch.tensor([0.25, 0.0, 1.0])[step][:, None], torch.ones(900, 1)
-    answers = [Mixture(20 + 3 * abs(share - best), 0.2 * one, 0 * one, torch.full((900,), -9.0), None, None) for share in calibration.SHARES]
-    rows = calibration.fit_shares(answers, truth, step * 0.5, step)
-    assert rows == [[0.0, 0.25], [0.5, 0.0], [1.0, 1.0]]
-    asked = torch.tensor([-1.0, 0.25, 0.75, 3.0])
-    torch.testing.assert_close(calibration.shares_at(rows, asked), torch.tensor([0.25, 0.125, 0.5, 1.0]))
-    assert torch.equal(calibration.shares_at(None, asked), torch.ones(4))
+@pytest.mark.parametrize("best", [0.0, 0.25, 1.0])
+def test_the_share_whose_answers_are_nearest_is_chosen(best):
+    truth, one = 20 + torch.distributions.Laplace(0, 0.2).sample((900,)), torch.ones(900, 1)
+    answers = [Mixture((20 + 3 * abs(share - best)) * one, 0.2 * one, 0 * one, torch.full((900,), -9.0), None, None) for share in calibration.SHARES]
+    assert calibration.fit_share(answers, truth) == best
 
 
 def test_only_rays_whose_readings_are_told_are_shared(run, parts):
@@ -63,7 +58,7 @@ def test_only_rays_whose_readings_are_told_are_shared(run, parts):
     trained.calibration = None
 
     def masses(share, arm):
-        trained.shares = [[0.0, share]]
+        trained.share = share
         return [m.log_mass for m in trained.raw_mixtures(clip, history, asked, (arm,))[arm]]
 
     (told, present), (alone, _) = masses(0.0, MODEL), masses(0.0, EVIDENCE_ONLY)
@@ -73,11 +68,11 @@ def test_only_rays_whose_readings_are_told_are_shared(run, parts):
     assert all(torch.equal(a, b) for a, b in zip(masses(0.0, POSITIONS), masses(1.0, POSITIONS), strict=True))
 
 
-def test_shares_that_are_none_are_refused():
-    assert calibration.checked_shares(None) is None and calibration.checked_shares([[0.2, 0], [1, 0.5]]) == [[0.2, 0.0], [1.0, 0.5]]
-    for wrong in ([[0.2, 1.5]], [[0.2, -0.1]], [[0.2, float("nan")]], [[0.2]], [], 0.5, "1", True):
+def test_a_share_that_is_none_is_refused():
+    assert calibration.checked_share(None) == 1.0 and calibration.checked_share(0.5) == 0.5 and calibration.checked_share(0) == 0.0
+    for wrong in (1.5, -0.1, float("nan"), [[0.2, 0.5]], [], "1", True):
         with pytest.raises(WmError, match="train the run again"):
-            calibration.checked_shares(wrong)
+            calibration.checked_share(wrong)
 
 
 def test_pose_errors_are_small_rigid_and_a_function_of_the_clip(parts):
