@@ -239,9 +239,9 @@ def search(points, times, maps, pooled, cell, top, along, aside, step, first, le
     enough = least * 255.0 * m * sweeps
     for a0 in range(0, width_x, BLOCK):
         for b0 in range(0, width_y, BLOCK):
-            if (a0 + BLOCK - 1 - half_x) * step < -top or (a0 - half_x) * step > top:  # faster than top: along x alone
-                if (b0 + BLOCK - 1 - half_y) * step < -aside or (b0 - half_y) * step > aside:
-                    continue
+            faster = (a0 + BLOCK - 1 - half_x) * step < -top or (a0 - half_x) * step > top
+            if faster and ((b0 + BLOCK - 1 - half_y) * step < -aside or (b0 - half_y) * step > aside):
+                continue
             if bounded:
                 vx, vy = (a0 + BLOCK // 2 - half_x) * step, (b0 + BLOCK // 2 - half_y) * step
                 bound = np.int64(0)
