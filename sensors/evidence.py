@@ -1,9 +1,9 @@
 """Evidence: what the past sweeps say about a ray, as numbers a network can weigh.
 
-For each past sweep, newest first, and for the newest once more with its moving parts displaced to the asked instant: the nearest reading
-in each quadrant around the ray, the value interpolated between them, and the nearest reading of all; for each sweep's nearest reading,
-whether the other sweeps saw through the place where it puts a surface; for places along the ray, whether the past saw through them; and
-what the newest sweep reads beside the ray.
+For each past sweep, newest first, and for the newest once more with its moving parts displaced to the asked instant, and as if all of it kept
+pace with the sensor: the nearest reading in each quadrant around the ray, the value interpolated between them, and the nearest reading of
+all; for each sweep's nearest reading, whether the other sweeps saw through the place where it puts a surface; for places along the ray,
+whether the past saw through them; what the newest sweep reads beside the ray; and what older sweeps read along it from where they were.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from sensors.rays import History, Rays
 
 Array = NDArray[Any]
 
-MOVED = 2  # displaced copies of the newest sweep: at constant velocity, and at constant acceleration
+DISPLACED = 2  # copies of the newest sweep with what moves displaced: at constant velocity, and at constant acceleration
+MOVED = DISPLACED + 1  # and one that keeps pace with the sensor: the lorry in the next lane, the queue
 SEEN_LIMIT_M = 20.0
 ALONG_M = np.geomspace(3.0, 54.0, 16).astype(np.float32)  # places along a ray where is asked whether the past saw through them
 ALONG_LIMIT_M = 2.0
@@ -33,17 +34,19 @@ AROUND_RAD = np.deg2rad(
     + [(0, e) for e in (0.8, 2, 4, -0.8, -2, -4)]
 ).astype(np.float32)
 AROUND_LIMIT_RAD = float(np.deg2rad(1.5))
+PACED_LIMIT_RAD = float(np.deg2rad(1.0))
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """For R rays and S = T + MOVED readings (T past sweeps, newest first, then the displaced copies of the newest):
+    """For R rays and S = T + MOVED readings (T past sweeps, newest first, then the copies of the newest: DISPLACED, and one that keeps pace):
     quadrants (R,S,4) f32 ranges, interpolated (R,S) f32, nearest (R,S) f32, all NaN where there is no reading; offsets (R,S,4,2) f32
     azimuth and elevation of the quadrant readings relative to the ray, rad; angle (R,S) f32 of the nearest reading, rad;
     seen (R,T,T) f32: the reading of sweep j towards the place of sweep k's nearest reading minus its distance, in metres, cut at
     +-SEEN_LIMIT_M, NaN where j does not look there; the diagonal is NaN; along (R,ceil(T/ALONG_EVERY),len(ALONG_M)) f32: the same for the places at
     ALONG_M on the ray, asked of every ALONG_EVERY-th sweep, cut at +-ALONG_LIMIT_M; around (R,len(AROUND_RAD)) f32: the newest sweep's ranges towards
-    directions beside the ray, NaN where it has none within AROUND_LIMIT_RAD."""
+    directions beside the ray, NaN where it has none within AROUND_LIMIT_RAD; paced (R,T-1) f32: the nearest readings of the older sweeps in the
+    ray's direction, each from where its sensor was, NaN where there is none within PACED_LIMIT_RAD: what keeps pace is there at the same range."""
 
     quadrants: Array
     interpolated: Array
@@ -53,13 +56,14 @@ class Evidence:
     seen: Array
     along: Array
     around: Array
+    paced: Array
 
     def take(self, rows: Array) -> Evidence:
         """The evidence of some of the rays."""
         return Evidence(*(getattr(self, name)[rows] for name in FIELDS))
 
 
-FIELDS = ("quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along", "around")
+FIELDS = ("quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along", "around", "paced")
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -112,7 +116,7 @@ def nothing(history: History, count: int) -> Evidence:
     sweeps = len(history.points)
     readings = sweeps + MOVED
     shapes = ((readings, 4), (readings,), (readings,), (readings, 4, 2), (readings,), (sweeps, sweeps), (-(-sweeps // ALONG_EVERY), len(ALONG_M)),
-              (len(AROUND_RAD),))  # fmt: skip
+              (len(AROUND_RAD),), (sweeps - 1,))  # fmt: skip
     return Evidence(*(np.full((count, *shape), np.nan, np.float32) for shape in shapes))
 
 
@@ -172,15 +176,20 @@ def gather(history: History, rays: Rays) -> Evidence:
                 seen[:, slot, other] = np.where(np.isnan(nearest[:, slot]), np.nan, beyond)
         if slot % ALONG_EVERY == 0:
             along[:, slot // ALONG_EVERY] = _beyond(history, sweep, places, ALONG_LIMIT_M).reshape(count, -1)
-    for hypothesis in range(MOVED):
+    for hypothesis in range(DISPLACED):
         slot = sweeps + hypothesis
         for field in (quadrants, offsets, interpolated, nearest, angle):
             field[:, slot] = field[:, 0]
         scene = ahead(history, sensor_from_present, rays.horizon_s, hypothesis)
         if scene is not None:
             read(slot, scene, rays.directions, slice(None))
+    own = [view_from(history, k, inverse(pose), "own") for k, pose in enumerate(history.present_from_sensor)][::-1]
+    read(readings - 1, own[0], rays.directions, slice(None))
+    paced = np.empty((count, sweeps - 1), np.float32)
+    for back, view in enumerate(own[1:]):
+        paced[:, back] = view.nearest(rays.directions, PACED_LIMIT_RAD)[0]
     around = _around(newest_view(history, sensor_from_present, rays.horizon_s), rays.directions)
-    return Evidence(quadrants, interpolated, nearest, offsets, angle, seen, along, around)
+    return Evidence(quadrants, interpolated, nearest, offsets, angle, seen, along, around, paced)
 
 
 def _around(view: View, directions: Array) -> Array:

@@ -159,6 +159,21 @@ def test_evidence_carries_the_displaced_scene_beside_the_sweeps():
     assert error[moved, len(past.points)].mean() < 0.5 * error[moved, 0].mean()
 
 
+def test_what_keeps_pace_with_the_sensor_is_read_where_it_was():
+    past, _ = history(drift=(8.0, 0.0))  # all that is seen stays where it is, seen from a sensor on its way
+    still = cast([*PARKED, *WALLS], np.array((0.0, 0.0, SENSOR_HEIGHT_M)))
+    seen = np.flatnonzero(np.isfinite(still))[::7]
+    ahead_of_it = past.present_from_sensor[-1].copy()
+    ahead_of_it[0, 3] += 8.0 * 0.4
+    rays = Rays(0.4, ahead_of_it, directions()[seen].astype(np.float32), still[seen], np.zeros(len(seen)), seen)
+    evidence = gather(past, rays)
+    assert np.abs(evidence.nearest[:, -1] - still[seen]).max() < 0.06 and (np.abs(evidence.nearest[:, 0] - still[seen]) > 1.0).sum() > 100
+    assert evidence.paced.shape == (len(seen), len(past.points) - 1)
+    assert np.abs(evidence.paced - still[seen, None]).max() < 0.06
+    away = rays.directions * np.array([1, 1, -1], np.float32)  # far above what the sensor reads
+    assert np.isnan(gather(past, Rays(0.4, ahead_of_it, away, still[seen], np.zeros(len(seen)), seen)).paced[rays.directions[:, 2] < -0.2]).all()
+
+
 def test_places_along_a_ray_are_seen_through_up_to_the_surface():
     past, _ = history(drift=(2.0, 0.0))
     azimuth = np.deg2rad(np.array((88.0, 92.0, -88.0, -91.0)))  # towards the walls along the road: 13.95 m and 9.95 m of free space

@@ -99,7 +99,7 @@ def _near_enough(found: past_evidence.Evidence) -> dict[str, Array]:
     half = np.float16
     return {"quadrants": found.quadrants, "interpolated": interpolated, "nearest": nearest, "offsets": found.offsets.astype(half),
             "angle": angle.astype(half), "seen": found.seen.astype(half), "along": found.along.astype(half),
-            "around": found.around.astype(half)}  # fmt: skip
+            "around": found.around.astype(half), "paced": found.paced}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,7 +359,7 @@ def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
     linear = turn.linear.astype(np.float32)
     c["origin"] = c["origin"] @ (linear.T * np.float32(turn.scale))
     c["direction"] = c["direction"] @ linear.T
-    for name in ("quadrants", "interpolated", "nearest", "range", "seen", "along", "around"):
+    for name in ("quadrants", "interpolated", "nearest", "range", "seen", "along", "around", "paced"):
         c[name] = (c[name] * turn.scale).astype(c[name].dtype)
     if turn.mirror < 0:
         other_side = [1, 0, 3, 2]
@@ -395,6 +395,7 @@ def _withheld(rng: np.random.Generator, past: list[Array], present: Array, table
 
     past = [points[~inside(points[:, :2], 0.0)] for points in past]
     for table in tables:
+        _lose_pace(table)
         c = table.columns
         o, d = c["origin"][:, None, :2], c["direction"][:, None, :2]
         end = (c["origin"] + c["direction"] * c["range"][:, None])[:, :2]
@@ -432,9 +433,22 @@ def _forget(table: RayTable, rows: Array, sweep: int) -> None:
     if sweep == 0:
         c["around"] = c["around"].copy()
         c["around"][rows] = np.nan
+    else:
+        c["paced"] = c["paced"].copy()
+        c["paced"][rows, sweep - 1] = np.nan
     if sweep % past_evidence.ALONG_EVERY == 0:
         c["along"] = c["along"].copy()
         c["along"][rows, sweep // past_evidence.ALONG_EVERY] = np.nan
+
+
+def _lose_pace(table: RayTable) -> None:
+    """Take out what is read as if it kept pace with the sensor: it was measured elsewhere than where the ray would meet it, maybe in a place
+    that is withheld."""
+    c = table.columns
+    c["paced"] = np.full_like(c["paced"], np.nan)
+    for name in ("quadrants", "interpolated", "nearest", "offsets", "angle"):
+        c[name] = c[name].copy()
+        c[name][:, -1] = np.nan
 
 
 def _drop_sweep(rng: np.random.Generator, table: RayTable, share: float, sweeps: int) -> None:

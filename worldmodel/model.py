@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sensors.evidence import MOVED
 from worldmodel.config import Config
 from worldmodel.dynamics import Dynamics
 from worldmodel.encoders.contract import Clouds, build_encoder
@@ -22,7 +23,6 @@ from worldmodel.fusion import Fusion
 from worldmodel.heads.rays import Mixture, Prior, RayHead, RayInput
 from worldmodel.sampling import sample_maps
 
-MOVED_COPIES = 2
 OCCUPANCY_SLICES = 16  # of the encoder's range in height
 RARE = -3.0  # logit at which a cell that nobody knows anything of is taken to move
 
@@ -81,7 +81,7 @@ class WorldModel(nn.Module):
         latent = int(self.encoder.channels)  # type: ignore[arg-type]
         self.fusion = Fusion(latent, 1 if model.join_sweeps else len(model.latent_sweeps), model.channels)
         self.dynamics = Dynamics(model.channels, model.dynamics_width)
-        self.rays = RayHead(model.past, model.past + MOVED_COPIES, model.head_bins, model.head_width, model.channels, model.head_latent_width)
+        self.rays = RayHead(model.past, model.past + MOVED, model.head_bins, model.head_width, model.channels, model.head_latent_width)
         self.occupancy = nn.Conv2d(model.channels, OCCUPANCY_SLICES, 1)
         self.moving = nn.Sequential(nn.Conv2d(latent, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, 1, 1))
         nn.init.constant_(self.moving[2].bias, RARE)  # type: ignore[arg-type]

@@ -300,6 +300,7 @@ def test_what_is_withheld_is_in_no_input(parts):
             assert len(past[0]) == 0 and all(np.isnan(c[name][:, 0]).all() for name in ("nearest", "seen", "along"))
             assert np.isnan(c["around"]).all()
             continue
+        assert np.isnan(c["paced"]).all() and all(np.isnan(c[name][:, -1]).all() for name in ("quadrants", "interpolated", "nearest"))
         ends = (c["origin"] + c["direction"] * c["range"][:, None])[:, :2]
         lost = np.concatenate([b[~np.isin(b[:, :3].view("f4,f4,f4"), a[:, :3].copy().view("f4,f4,f4"))[:, 0]] for a, b in zip(past, prepared.past)])
         hidden += int(c["hidden"].sum())
@@ -344,7 +345,7 @@ def test_evidence_is_mirrored_as_a_mirrored_street_would_have_given_it(parts):
     table, expected = (ray_table(h, [r], np.eye(4), [3]) for h, r in ((past, asked), (other, turned)))
     found = _turned_rays(RayTable(table.columns | {"range": asked.ranges}), _Turn(0.0, -1.0, 1.0)).columns
     sweeps = len(past.points)
-    for name in ("origin", "direction", "bearing", "quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along", "around"):
+    for name in ("origin", "direction", "bearing", "quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along", "around", "paced"):
         a, b = (
             c[name][:, :sweeps] if name in ("quadrants", "interpolated", "nearest", "offsets", "angle") else c[name]
             for c in (found, expected.columns)

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from sensors.evidence import ALONG_M, AROUND_RAD
+from sensors.evidence import ALONG_M, AROUND_RAD, DISPLACED, MOVED
 from worldmodel.heads.rays import RayHead, RayInput
 from worldmodel.planes import plane_ranges
 
-SWEEPS, READINGS = 3, 5
+SWEEPS = 3
+READINGS = SWEEPS + MOVED
 
 
 def rays(count=6, *, told=True, with_evidence=True):
@@ -22,7 +23,7 @@ def rays(count=6, *, told=True, with_evidence=True):
         told=torch.full((count,), told), quadrants=5 + 30 * uniform(count, READINGS, 4), interpolated=5 + 30 * uniform(count, READINGS),
         nearest=5 + 30 * uniform(count, READINGS), offsets=0.01 * uniform(count, READINGS, 4, 2), angle=0.01 * uniform(count, READINGS),
         seen=uniform(count, SWEEPS, SWEEPS) - 0.5, along=uniform(count, 2, len(ALONG_M)) - 0.5,
-        around=5 + 30 * uniform(count, len(AROUND_RAD)),
+        around=5 + 30 * uniform(count, len(AROUND_RAD)), paced=5 + 30 * uniform(count, SWEEPS - 1),
     )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def test_readings_that_are_not_told_are_positions_and_nothing_else(head):
         seen=-untold.seen,
         along=-untold.along,
         around=untold.around * 2,
+        paced=untold.paced * 2,
     )
     torch.testing.assert_close(head.prior(other).hidden, prior.hidden)
     by_kind = lambda raw, kind: torch.stack([raw[:, 0][kind == k].mean() for k in range(READINGS + 2)])  # noqa: E731
@@ -62,6 +64,7 @@ def test_told_readings_matter(head):
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, seen=-asked.seen)).hidden)
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, along=-asked.along)).hidden)
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, around=asked.around * 2)).hidden)
+    assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, paced=asked.paced * 2)).hidden)
     assert not torch.allclose(hidden, head.prior(dataclasses.replace(asked, told=~asked.told)).hidden)
 
 
@@ -69,12 +72,12 @@ def test_displaced_readings_are_told_by_how_far_they_lie_from_the_newest_sweeps_
     asked = rays()
     prior = head.prior(asked)
     newest = torch.cat((asked.quadrants[:, 0], asked.interpolated[:, :1]), 1)
-    for copy in range(SWEEPS, READINGS):
+    for copy in range(SWEEPS, SWEEPS + DISPLACED):
         own = torch.cat((asked.quadrants[:, copy], asked.interpolated[:, copy, None]), 1)
         wanted = (own - newest).gather(1, own.argsort(1))
         mine = prior.kind == copy
         torch.testing.assert_close(prior.shift[mine].view(len(own), 5), wanted)
-    assert not prior.shift[prior.kind < SWEEPS].any() and not prior.shift[prior.kind >= READINGS].any()
+    assert not prior.shift[prior.kind < SWEEPS].any() and not prior.shift[prior.kind >= SWEEPS + DISPLACED].any()
 
 
 def test_withheld_readings_leave_no_trace(head):

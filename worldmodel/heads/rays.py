@@ -1,7 +1,7 @@
 """The ray head: where along a ray will the return be.
 
 A ray is read at P positions sorted by range. With evidence they are the readings of the past (quadrants and interpolation of each sweep,
-and of the displaced copies of the newest), planes through all sweeps' readings around each interpolation, and geometric bins from 2 to 56.4 m for
+and of the copies of the newest), planes through all sweeps' readings around each interpolation, and geometric bins from 2 to 56.4 m for
 surfaces that nobody has seen; without evidence they are P finer bins. Between the two: the readings are positions, and the state alone has to
 say which of them holds. Each position gets a hazard h, a centre m and a scale s; p_i = h_i prod_{j<i} (1 - h_j), and F(r) = sum_i p_i Laplace
 CDF. That one F serves the loss, the median, the quantiles, CRPS and PIT.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sensors.evidence import ALONG_EVERY, ALONG_M, AROUND_RAD
+from sensors.evidence import ALONG_EVERY, ALONG_M, AROUND_RAD, DISPLACED
 from worldmodel.planes import plane_ranges
 
 FIRST_BIN_M, LAST_BIN_M = 2.0, 56.4
@@ -70,6 +70,7 @@ class RayInput:
     seen: Tensor
     along: Tensor
     around: Tensor
+    paced: Tensor
 
     def take(self, rows: Tensor | slice) -> RayInput:
         return RayInput(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
@@ -144,6 +145,8 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
     along = rays.along.flatten(1)
     beside = ~rays.around.isnan()
     of_around = torch.log(rays.around.nan_to_num(1.0).clamp(0.5, 200.0) / reference) * beside
+    kept = ~rays.paced.isnan()
+    of_paced = torch.log(rays.paced.nan_to_num(1.0).clamp(0.5, 200.0) / reference) * kept
     point = rays.origin + rays.direction * reference
     told = rays.told[:, None]
     of_readings = torch.cat(
@@ -151,7 +154,8 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
          2 * of_planes, torch.tanh(25 * of_planes), torch.tanh(200 * of_planes), flat, support.nan_to_num(0.0), offsets.flatten(1), angle,
          torch.tanh(seen * 2), torch.tanh(seen * 0.2), seen_there,
          torch.tanh(along.nan_to_num(0.0)), ~along.isnan(),
-         2 * of_around, torch.tanh(8 * of_around), beside, torch.log(reference) - 2.5), 1
+         2 * of_around, torch.tanh(8 * of_around), beside,
+         2 * of_paced, torch.tanh(25 * of_paced), torch.tanh(200 * of_paced), kept, torch.log(reference) - 2.5), 1
     )  # fmt: skip
     features = torch.cat(
         (of_readings * told, rays.bearing, rays.horizon_s[:, None], point[:, 2:] * 0.5 * told, rays.origin[:, :2].norm(dim=1, keepdim=True) * 0.1), 1
@@ -161,7 +165,7 @@ def evidence_features(rays: RayInput) -> tuple[Tensor, Tensor, Tensor]:
 
 def feature_count(readings: int, sweeps: int) -> int:
     of_places = 2 * len(ALONG_M) * -(-sweeps // ALONG_EVERY) + 3 * len(AROUND_RAD)
-    return readings * 6 * 4 + readings * 8 + readings + 5 * sweeps + 3 * sweeps * sweeps + of_places + 7
+    return readings * 6 * 4 + readings * 8 + readings + 5 * sweeps + 3 * sweeps * sweeps + of_places + 4 * (sweeps - 1) + 7
 
 
 class RayHead(nn.Module):
@@ -222,9 +226,10 @@ class RayHead(nn.Module):
             there = F.pad(there, (0, self.bins), value=True)
             logit = out[:, 0].masked_fill(~there, ABSENT_LOGIT)
             out = torch.stack((logit, out[:, 1], out[:, 2]), 1)
-            moved = candidates[:, : 5 * self.readings].unflatten(1, (self.readings, 5))
-            moved = torch.cat((torch.zeros_like(moved[:, : self.sweeps]), moved[:, self.sweeps :] - moved[:, :1]), 1).nan_to_num(0.0)
-            moved = F.pad(moved.flatten(1) * told.told[:, None], (0, self.sweeps + self.bins))
+            readings = candidates[:, : 5 * self.readings].unflatten(1, (self.readings, 5))
+            copies = readings[:, self.sweeps : self.sweeps + DISPLACED]
+            moved = (copies - readings[:, :1]).nan_to_num(0.0).flatten(1) * told.told[:, None]
+            moved = F.pad(moved, (5 * self.sweeps, self.positions - 5 * (self.sweeps + DISPLACED)))
             place, order = place.sort(dim=1, stable=True)
             out = out.gather(2, order[:, None].expand(-1, 3, -1))
             position = position.index_copy(0, rows, place)
