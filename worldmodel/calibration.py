@@ -1,7 +1,7 @@
 """How sure a forecast may be, and how far to trust the state: per arm and horizon a factor of the scales, and for the model the share that
-counts of what the state adds to rays whose readings are told. The one is fitted by likelihood, the other by CRPS, whose metres are those of the
-tables, on held-out training clips; both are applied wherever the model answers. The masses stay as learned: a temperature on them fits no
-better, and it moves medians from one surface to another."""
+counts of what the state adds to rays whose readings are told. Both are fitted by likelihood on held-out training clips (in metres a few rays
+would decide), and applied wherever the model answers. The masses stay as learned: a temperature on them fits no better, and it moves
+medians from one surface to another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sensors.errors import WmError
-from sensors.kernels.mixture import crps
 from worldmodel.heads.rays import Mixture
 
 FACTORS = np.geomspace(0.5, 3.0, 31)
@@ -42,10 +41,8 @@ def fit(mixture: Mixture, ranges: Tensor, horizon_s: Tensor, step: Tensor) -> li
 
 
 def fit_share(answers: Sequence[Mixture], ranges: Tensor) -> float:
-    """The one of SHARES whose answers, a mixture of the rays (N,) for each of them, have the least mean CRPS."""
-    truth = ranges.numpy()
-    score = [crps(m.log_mass.exp().numpy(), m.centre.numpy(), m.scale.numpy(), truth).mean() for m in (widened(a, 1.0) for a in answers)]
-    return float(SHARES[int(np.argmin(score))])
+    """The one of SHARES whose answers, one mixture of the rays (N,) for each of them, have the least mean negative log density."""
+    return float(SHARES[int(np.argmin([float(-widened(answer, 1.0).log_density(ranges).mean()) for answer in answers]))])
 
 
 def at(table: Table | None, arm: str, horizon_s: float) -> float:
