@@ -447,9 +447,7 @@ class _Tracker:
         peaks, scores = np.zeros((PEAKS, 2)), np.zeros(PEAKS)
         few = np.ascontiguousarray(few[:, :2])
         pooled = self.pooled[id(maps)]
-        clusters.search(
-            few, times, maps, pooled, FINE_CELL_M, TOP_SPEED, TOP_ALONG, TOP_ASIDE, SEARCH_STEP, self.first, LEAST_OVERLAP, peaks, scores
-        )
+        clusters.search(few, times, maps, pooled, FINE_CELL_M, TOP_SPEED, TOP_ALONG, TOP_ASIDE, SEARCH_STEP, self.first, LEAST_OVERLAP, peaks, scores)
         best, best_score = None, needed
         for peak in peaks[scores > 0]:
             out = np.zeros(3)
