@@ -419,14 +419,10 @@ def _withheld(rng: np.random.Generator, past: list[Array], present: Array, table
 
 
 def _forget(table: RayTable, rows: Array, sweep: int) -> None:
-    """Take one sweep's readings (0 = the newest, whose displaced copies go with it) from the evidence of the given rows (R,) bool."""
+    """Take one sweep's readings (0 = the newest, whose copies go with it) from the evidence of the given rows (R,) bool."""
     c = table.columns
     sweeps = c["seen"].shape[1]
-    slots = [sweep, *range(sweeps, c["nearest"].shape[1])] if sweep == 0 else [sweep]
-    for name in ("quadrants", "interpolated", "nearest", "offsets", "angle"):
-        c[name] = c[name].copy()
-        for slot in slots:
-            c[name][rows, slot] = np.nan
+    _clear(table, rows, [sweep, *range(sweeps, c["nearest"].shape[1])] if sweep == 0 else [sweep])
     c["seen"] = c["seen"].copy()
     c["seen"][rows, sweep] = np.nan
     c["seen"][rows, :, sweep] = np.nan
@@ -444,11 +440,16 @@ def _forget(table: RayTable, rows: Array, sweep: int) -> None:
 def _lose_pace(table: RayTable) -> None:
     """Take out what is read as if it kept pace with the sensor: it was measured elsewhere than where the ray would meet it, maybe in a place
     that is withheld."""
-    c = table.columns
-    c["paced"] = np.full_like(c["paced"], np.nan)
+    table.columns["paced"] = np.full_like(table.columns["paced"], np.nan)
+    _clear(table, slice(None), [-1])
+
+
+def _clear(table: RayTable, rows: Array | slice, slots: Sequence[int]) -> None:
+    """Take the readings of some slots from rows (R,) bool."""
     for name in ("quadrants", "interpolated", "nearest", "offsets", "angle"):
-        c[name] = c[name].copy()
-        c[name][:, -1] = np.nan
+        column = table.columns[name] = table.columns[name].copy()
+        for slot in slots:
+            column[rows, slot] = np.nan
 
 
 def _drop_sweep(rng: np.random.Generator, table: RayTable, share: float, sweeps: int) -> None:
