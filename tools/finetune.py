@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", metavar="N", type=int, default=None, help="at most so many steps an arm (default: until it stops improving, at most 3000)"
     )
+    parser.add_argument("--device", metavar="DEV", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument(
         "--results",
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from sensors.data import open_data
     from sensors.errors import UsageError
     from sensors.files import write_json
-    from worldmodel import finetune
+    from worldmodel import finetune, validation
     from worldmodel.tools.terminal import print_json, reporter
 
     train = [part for path in args.data for part in open_data(path)]
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--data holds {len(labelled)} logs: too few to set some apart; give --test")
         out = set(labelled[3::4])
         train, test = [p for p in train if p.log.id not in out], [p for p in train if p.log.id in out]
-    plan = finetune.Plan(threads=args.threads)
+    plan = finetune.Plan(threads=args.threads, device=validation.device_of(args.device))
     if args.steps is not None:
         plan = dataclasses.replace(plan, most_steps=args.steps, every=max(1, min(40, args.steps // 4)))
     finished, scores = _results(args, test, plan.every_s)

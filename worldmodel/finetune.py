@@ -8,7 +8,7 @@ A task is one file of `worldmodel/downstream/`, found by its name, with
     targets(example, grid) -> {name: array}        what a head should say on the encoder's map
     Head(channels)                                 a module from the map (B,C,H,W) to outputs
     loss(outputs, {name: tensor}) -> tensor
-    answers(outputs, grid) -> [answer]             one a frame
+    answers(outputs, grid) -> [answer]             one a frame; outputs are on the CPU
     score(examples, [answer], grid) -> float
     detections(example, answer) -> [Detection]     only of a task that finds boxes: what `worldmodel.results` writes
 
@@ -44,7 +44,9 @@ from worldmodel.encoders.contract import Clouds
 from worldmodel.labelled import grid_of, labelled_stamps
 from worldmodel.pretrain import keep_freed_memory
 from worldmodel.start import Start, open_start
+from worldmodel.validation import to
 
+CPU = torch.device("cpu")
 MOMENTUM = 0.1
 MOST_GROWTH = 10.0
 ARMS = ("scratch", "pretrained", "pretrained_frozen", "random_frozen")
@@ -53,7 +55,7 @@ ARMS = ("scratch", "pretrained", "pretrained_frozen", "random_frozen")
 @dataclass(frozen=True)
 class Plan:
     """batch: frames per step; rates: of the learning, one after the other; every: steps between validations; validation: share of the training logs
-    held out, held_frames: how many of their frames are scored at most; every_s: spacing of the frames taken from a log."""
+    held out, held_frames: how many of their frames are scored at most; every_s: spacing of the frames taken from a log; device: where it trains."""
 
     batch: int = 6
     rates: tuple[float, ...] = (4e-3, 1.2e-3, 4e-4)
@@ -65,6 +67,7 @@ class Plan:
     validation: float = 0.15
     every_s: float = 0.5
     threads: int = 2
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -155,11 +158,12 @@ class Trial:
         self.grid = grid_of(start.config.encoder, float(self.encoder.cell_m))  # type: ignore[arg-type]
         torch.manual_seed(seed)
         self.head = task.Head(self.encoder.channels)
+        self.encoder, self.head = self.encoder.to(plan.device), self.head.to(plan.device)
         if start.config.train.channels_last == "on":
             self.encoder, self.head = (module.to(memory_format=torch.channels_last) for module in (self.encoder, self.head))  # type: ignore[call-overload]
 
     def clouds(self, examples: Sequence[Any]) -> Clouds:
-        return clouds_of([example.points for example in examples], self.config.encoder)
+        return clouds_of([example.points for example in examples], self.config.encoder, self.plan.device)
 
     def batch(self, examples: Sequence[Any], step: int) -> tuple[Clouds, dict[str, torch.Tensor]]:
         """Clouds and targets of a step: examples drawn and turned by (seed, step) alone."""
@@ -167,7 +171,7 @@ class Trial:
         chosen = [examples[i] for i in rng.integers(len(examples), size=self.plan.batch)]
         seen = [self.task.turned(example, float(rng.uniform(-np.pi, np.pi)), bool(rng.random() < 0.5)) for example in chosen]
         wanted = [self.task.targets(example, self.grid) for example in seen]
-        return self.clouds(seen), {name: torch.from_numpy(np.stack([w[name] for w in wanted])) for name in wanted[0]}
+        return self.clouds(seen), to({name: torch.from_numpy(np.stack([w[name] for w in wanted])) for name in wanted[0]}, self.plan.device)
 
     @torch.no_grad()
     def answers(self, examples: Sequence[Any]) -> list[Any]:
@@ -178,14 +182,14 @@ class Trial:
         for first in range(0, len(examples), 8):
             with self.autocast():
                 outputs = self.head(self.encoder(self.clouds(examples[first : first + 8])))
-            found += self.task.answers(outputs, self.grid)
+            found += self.task.answers(to(outputs, CPU), self.grid)
         return found
 
     def score(self, examples: Sequence[Any]) -> float:
         return float(self.task.score(examples, self.answers(examples), self.grid))
 
     def autocast(self) -> Any:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.autocast == "bf16")
+        return torch.autocast(self.plan.device.type, torch.bfloat16, enabled=self.config.train.autocast == "bf16")
 
     def train(
         self, frames: Sequence[Any], held: Sequence[Any], report: Callable[[int, float], None] | None = None
@@ -271,7 +275,7 @@ def finetune(
         raise UsageError(f"--arms {one_line(wrong[0])}: not one of {', '.join(ARMS)}")
     keep_freed_memory()
     torch.set_num_threads(plan.threads)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(plan.device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     start = open_start(source)
     task = importlib.import_module(f"worldmodel.downstream.{task_name}")

@@ -173,9 +173,11 @@ def device_of(name: str) -> torch.device:
 
 
 def to(value: Any, device: torch.device) -> Any:
-    """A batch, or any record of tensors, on the device."""
+    """A batch, or any record or dictionary of tensors, on the device."""
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, non_blocking=device.type != "cpu")
+    if isinstance(value, dict):
+        return {name: to(each, device) for name, each in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{f.name: to(getattr(value, f.name), device) for f in dataclasses.fields(value)})
     return value
