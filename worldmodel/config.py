@@ -21,8 +21,8 @@ MAX_CELLS = 1 << 24
 # What a number may be, both ends included; of a list or of weights, each. The ends keep out what cannot be, not what is unwise.
 BOUNDS: dict[tuple[float, float], str] = {
     (0, 1): "encoder.bn_momentum train.hidden_share train.evidence_share train.positions_share train.newest_share train.sweep_drop train.point_drop "
-            "train.validation train.freeze_bn_at",
-    (0, 0.99): "train.scale",
+            "train.freeze_bn_at",
+    (0, 0.99): "train.scale train.validation",
     (0, 180): "train.pose_error_deg",
     (0, 999): "model.latent_sweeps",
     (0, 1e9): "objectives encoder.max_points_per_pillar encoder.max_pillars encoder.max_points encoder.layers train.seconds train.dense_clips "

@@ -90,10 +90,10 @@ def split(clips: Sequence[Clip], share: float, seed: int) -> tuple[list[int], li
             continue
         for indices in logs.values():
             count = max(1, round(share * len(indices))) if share > 0 and len(indices) > 3 else 0
-            ending = indices[len(indices) - count :]
+            kept, ending = indices[: len(indices) - count], indices[len(indices) - count :]
             held += ending
             first = clips[ending[0]].past[0].stamp_ns if ending else 2**62
-            train += [i for i in indices if i not in set(ending) and (clips[i].future or clips[i].past)[-1].stamp_ns < first]
+            train += [i for i in kept if (clips[i].future or clips[i].past)[-1].stamp_ns < first]
     return train, held
 
 

@@ -145,7 +145,7 @@ def test_a_command_that_never_began_leaves_its_folder_to_the_corrected_one(store
     from worldmodel.tools.cli import main
 
     command = ["pretrain", "--config", "tiny", "--data", str(store), "-o", str(tmp_path / "run"), "--set", "train.threads=1", "train.steps=1"]
-    for wrong, words in (("model.future=500", "no clip"), ("train.validation=1.0", "nothing is left"), ("objectives.none=1", "not one of")):
+    for wrong, words in (("model.future=500", "no clip"), ("train.validation=0.99", "nothing is left"), ("objectives.none=1", "not one of")):
         assert main([*command, wrong]) == 2 and words in capsys.readouterr().err
     assert main([*command, "train.autocast=off", "train.channels_last=off"]) == 0 and checkpoint.load(tmp_path / "run", "latest").step == 1
     assert main(command) == 2 and "holds a run already" in capsys.readouterr().err
