@@ -31,8 +31,17 @@ class RecordError(WmError, ValueError):
     """A record that cannot be right. The message is one line: the thing, what is wrong, what to do."""
 
 
-def _array(what: str, value: object, dtype: type, shape: tuple[int | None, ...]) -> Array:
-    array: Array = np.ascontiguousarray(value, dtype=dtype)
+def checked_array(what: str, value: object, dtype: type, shape: tuple[int | None, ...]) -> Array:
+    """The value as a read-only array of that type and shape (None: any length). RecordError names `what` where it has another, or where
+    integers are wanted and a cast would change the numbers."""
+    given = np.asarray(value)
+    if np.issubdtype(dtype, np.integer) and given.size:  # a cast would turn seconds into zeros, and wrap what is too large
+        if given.dtype.kind not in "biuf" or (given.dtype.kind == "f" and not (np.isfinite(given) & (given == np.rint(given))).all()):
+            raise RecordError(f"{what}: not whole numbers; stamps and times are integers of nanoseconds, convert them in the adapter")
+        least, most, bounds = int(given.min()), int(given.max()), np.iinfo(dtype)
+        if least < bounds.min or most > bounds.max:
+            raise RecordError(f"{what}: {least}..{most} does not fit {bounds.dtype}; check its unit and where it counts from")
+    array: Array = np.ascontiguousarray(given, dtype=dtype)
     if array.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, array.shape, strict=True)):
         raise RecordError(f"{what}: shape {array.shape}, expected {shape}; check the reader of this file")
     array.flags.writeable = False
@@ -72,6 +81,23 @@ def checked_transform(what: str, value: object) -> Array:
     return matrix
 
 
+def _checked_transforms(stamps_ns: Array, poses: Array) -> Array:
+    """`checked_transform` of each of the poses (N,4,4), all at once: an hour has hundreds of thousands."""
+    rotations = poses[:, :3, :3]
+    with np.errstate(invalid="ignore", over="ignore"):
+        rigid = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max((1, 2)) <= ROTATION_TOLERANCE
+        sound = rigid & np.isfinite(poses).all((1, 2)) & np.isclose(poses[:, 3], (0, 0, 0, 1)).all(1)
+    sound[sound] &= np.linalg.det(rotations[sound]) > 0
+    for index in np.flatnonzero(~sound):
+        checked_transform(f"pose at {stamps_ns[index]}", poses[index])  # says what is wrong with it
+    u, _, vt = np.linalg.svd(rotations)
+    checked = poses.copy()
+    checked[:, :3, :3] = u @ vt
+    checked[:, 3] = (0, 0, 0, 1)
+    checked.flags.writeable = False
+    return checked
+
+
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """One turn of one LiDAR. points (N,3) f32 in the LiDAR's frame, intensity (N,) f32 in 0..1, ring (N,) u16 or None,
@@ -89,18 +115,18 @@ class Sweep:
         what = f"sweep of {self.lidar} at {self.stamp_ns}"
         put: Callable[[str, object], None] = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         put("stamp_ns", _stamp(what, self.stamp_ns))
-        put("points", _finite(f"{what}, points", _array(f"{what}, points", self.points, np.float32, (None, 3))))
+        put("points", _finite(f"{what}, points", checked_array(f"{what}, points", self.points, np.float32, (None, 3))))
         count = len(self.points)
         if count > MAX_POINTS:
             raise RecordError(f"{what}: {count} points, more than {MAX_POINTS}; check the reader")
-        intensity = _finite(f"{what}, intensity", _array(f"{what}, intensity", self.intensity, np.float32, (count,)))
+        intensity = _finite(f"{what}, intensity", checked_array(f"{what}, intensity", self.intensity, np.float32, (count,)))
         if count and not (intensity.min() >= 0 and intensity.max() <= 1):
             raise RecordError(f"{what}: intensity in {intensity.min():g}..{intensity.max():g}, expected 0..1; scale it in the adapter")
         put("intensity", intensity)
         if self.ring is not None:
-            put("ring", _array(f"{what}, ring", self.ring, np.uint16, (count,)))
+            put("ring", checked_array(f"{what}, ring", self.ring, np.uint16, (count,)))
         if self.time_ns is not None:
-            put("time_ns", _array(f"{what}, time_ns", self.time_ns, np.int32, (count,)))
+            put("time_ns", checked_array(f"{what}, time_ns", self.time_ns, np.int32, (count,)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +163,11 @@ class Lidar:
         object.__setattr__(self, "ego_from_lidar", checked_transform(f"lidar {self.name}", self.ego_from_lidar))
         if not 0 < self.rate_hz <= 1000:
             raise RecordError(f"lidar {self.name}: rate {self.rate_hz} Hz is not within 0..1000")
+        if self.beams is not None:
+            object.__setattr__(self, "beams", int(self.beams))
         if self.elevations_rad is not None:
-            object.__setattr__(self, "elevations_rad", _array(f"lidar {self.name}, elevations", self.elevations_rad, np.float64, (None,)))
+            what = f"lidar {self.name}, elevations"
+            object.__setattr__(self, "elevations_rad", _finite(what, checked_array(what, self.elevations_rad, np.float64, (None,))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +187,11 @@ class Camera:
     def __post_init__(self) -> None:
         what = f"camera {self.name}"
         object.__setattr__(self, "ego_from_camera", checked_transform(what, self.ego_from_camera))
-        k = _finite(f"{what}, K", _array(f"{what}, K", self.k_px, np.float64, (3, 3)))
+        k = _finite(f"{what}, K", checked_array(f"{what}, K", self.k_px, np.float64, (3, 3)))
         if k[0, 0] <= 0 or k[1, 1] <= 0 or not np.allclose(k[2], (0, 0, 1)) or k[1, 0] != 0:
             raise RecordError(f"{what}: K {k.tolist()} is not [fx s cx; 0 fy cy; 0 0 1] with positive focal lengths; is it transposed?")
         object.__setattr__(self, "k_px", k)
-        object.__setattr__(self, "distortion", _finite(f"{what}, distortion", _array(f"{what}, distortion", self.distortion, np.float64, (None,))))
+        object.__setattr__(self, "distortion", _finite(f"{what}, distortion", checked_array(f"{what}, distortion", self.distortion, np.float64, (None,))))
         if self.model not in CAMERA_MODELS:
             raise RecordError(f"{what}: model {self.model!r} is not one of {', '.join(CAMERA_MODELS)}")
         if self.distortion[CAMERA_MODELS[self.model] :].any():
@@ -198,7 +227,7 @@ class Trajectory:
     source: str = "log"
 
     def __post_init__(self) -> None:
-        stamps = _array("trajectory, stamps", self.stamps_ns, np.int64, (None,))
+        stamps = checked_array("trajectory, stamps", self.stamps_ns, np.int64, (None,))
         if len(stamps) == 0:
             raise RecordError("trajectory: no poses; give None instead and the log counts as one without poses")
         if (np.diff(stamps) <= 0).any():
@@ -206,9 +235,8 @@ class Trajectory:
             raise RecordError(f"trajectory: stamps do not ascend at {at} ns; sort and de-duplicate them in the adapter")
         _stamp("trajectory, first stamp", int(stamps[0]))
         _stamp("trajectory, last stamp", int(stamps[-1]))
-        poses = _array("trajectory, poses", self.world_from_ego, np.float64, (len(stamps), 4, 4))
-        checked = np.stack([checked_transform(f"pose at {s}", p) for s, p in zip(stamps, poses, strict=True)])
-        checked.flags.writeable = False
+        poses = checked_array("trajectory, poses", self.world_from_ego, np.float64, (len(stamps), 4, 4))
+        checked = _checked_transforms(stamps, poses)
         object.__setattr__(self, "stamps_ns", stamps)
         object.__setattr__(self, "world_from_ego", checked)
         if self.source not in POSE_SOURCES:
@@ -238,12 +266,12 @@ class Box:
     def __post_init__(self) -> None:
         what = f"box {self.track} at {self.stamp_ns}"
         object.__setattr__(self, "stamp_ns", _stamp(what, self.stamp_ns))
-        object.__setattr__(self, "centre", _finite(what, _array(what, self.centre, np.float64, (3,))))
-        object.__setattr__(self, "size", _finite(what, _array(what, self.size, np.float64, (3,))))
+        object.__setattr__(self, "centre", _finite(what, checked_array(what, self.centre, np.float64, (3,))))
+        object.__setattr__(self, "size", _finite(what, checked_array(what, self.size, np.float64, (3,))))
         if (self.size <= 0).any() or not np.isfinite(self.yaw_rad):
             raise RecordError(f"{what}: size {self.size.tolist()}, yaw {self.yaw_rad}; sizes are positive and (l, w, h)")
         if self.velocity is not None:
-            object.__setattr__(self, "velocity", _array(what, self.velocity, np.float64, (2,)))
+            object.__setattr__(self, "velocity", checked_array(what, self.velocity, np.float64, (2,)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,9 +288,9 @@ class PointLabels:
         what = f"point labels at {self.stamp_ns}"
         object.__setattr__(self, "stamp_ns", _stamp(what, self.stamp_ns))
         count = len(self.category)
-        object.__setattr__(self, "category", _array(what, self.category, np.uint8, (count,)))
-        object.__setattr__(self, "instance", _array(what, self.instance, np.int32, (count,)))
-        object.__setattr__(self, "moving", _array(what, self.moving, np.bool_, (count,)))
+        object.__setattr__(self, "category", checked_array(what, self.category, np.uint8, (count,)))
+        object.__setattr__(self, "instance", checked_array(what, self.instance, np.int32, (count,)))
+        object.__setattr__(self, "moving", checked_array(what, self.moving, np.bool_, (count,)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,12 +362,17 @@ class Log:
             raise RecordError(f"log {self.id!r}: the id holds control characters or a backslash; rename the recording")
         if self.stamps not in ("recorded", "assumed"):
             raise RecordError(f"log {self.id}: stamps is {self.stamps!r}, not recorded or assumed")
+        if both := sorted(set(self.lidars) & set(self.cameras)):
+            raise RecordError(f"log {self.id}: {both[0]!r} is the name of a LiDAR and of a camera; rename one in the adapter")
+        if self.measured_speed is not None and len(self.measured_speed[0]) != len(self.measured_speed[1]):
+            stamps, speeds = map(len, self.measured_speed)
+            raise RecordError(f"log {self.id}: {stamps} stamps and {speeds} values of the measured speed; give one each in the adapter")
         for kind, sensors, by_sensor in (("lidar", self.lidars, self.sweep_stamps_ns), ("camera", self.cameras, self.image_stamps_ns)):
             if set(sensors) != set(by_sensor):
                 raise RecordError(f"log {self.id}: stamps are given for {kind}s {sorted(by_sensor)}, sensors are {sorted(sensors)}")
             checked = {}
             for name, stamps in by_sensor.items():
-                stamps = _array(f"log {self.id}, {kind} {name}", stamps, np.int64, (None,))
+                stamps = checked_array(f"log {self.id}, {kind} {name}", stamps, np.int64, (None,))
                 if (np.diff(stamps) <= 0).any():
                     at = int(stamps[1:][np.diff(stamps) <= 0][0])
                     raise RecordError(f"log {self.id}, {kind} {name}: stamps do not ascend at {at} ns; order and de-duplicate them in the adapter")

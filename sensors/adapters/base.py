@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensors.errors import UsageError, WmError, one_line
-from sensors.records import Log
+from sensors.records import Log, checked_array
 
 Item = TypeVar("Item")
 
@@ -81,7 +81,7 @@ def open_source(path: Path, dataset: str | None = None, options: Mapping[str, st
 
 def in_order(stamps_ns: Sequence[int], items: Sequence[Item], sensor: str, counts: Counter[str]) -> tuple[NDArray[Any], list[Item]]:
     """stamps (N,) i64 strictly ascending with their items: sorted by stamp; of items with equal stamps the first stays. Both are counted."""
-    stamps = np.asarray(stamps_ns, np.int64).reshape(-1)
+    stamps = checked_array(f"{sensor}, stamps", stamps_ns, np.int64, (None,))
     order = np.argsort(stamps, kind="stable")
     fresh = np.ones(len(order), bool)
     fresh[1:] = np.diff(stamps[order]) > 0
