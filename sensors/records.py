@@ -191,7 +191,8 @@ class Camera:
         if k[0, 0] <= 0 or k[1, 1] <= 0 or not np.allclose(k[2], (0, 0, 1)) or k[1, 0] != 0:
             raise RecordError(f"{what}: K {k.tolist()} is not [fx s cx; 0 fy cy; 0 0 1] with positive focal lengths; is it transposed?")
         object.__setattr__(self, "k_px", k)
-        object.__setattr__(self, "distortion", _finite(f"{what}, distortion", checked_array(f"{what}, distortion", self.distortion, np.float64, (None,))))
+        distortion = checked_array(f"{what}, distortion", self.distortion, np.float64, (None,))
+        object.__setattr__(self, "distortion", _finite(f"{what}, distortion", distortion))
         if self.model not in CAMERA_MODELS:
             raise RecordError(f"{what}: model {self.model!r} is not one of {', '.join(CAMERA_MODELS)}")
         if self.distortion[CAMERA_MODELS[self.model] :].any():

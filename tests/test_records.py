@@ -51,7 +51,7 @@ def test_many_poses_are_checked_as_one_is():
             Trajectory(stamps, broken)
     broken = poses.copy()
     broken[9, 3, 0] = 1
-    with pytest.raises(RecordError, match="^pose at 9: not a rigid"):
+    with pytest.raises(RecordError, match=r"^pose at 9: not a rigid"):
         Trajectory(stamps, broken)
 
 

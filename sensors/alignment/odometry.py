@@ -47,6 +47,8 @@ MIN_INFORMATION = 2e-3
 # a registration is believed when this many points matched and it moved the start by no more than this
 MIN_MATCHED = 500
 MAX_MOVED_M = 1.5
+# where the log's step and that of a steady motion lie farther apart, both are tried: poses jump, freeze and catch up
+STEPS_APART_M, CLEARLY_MORE = 0.3, 1.02
 
 
 def _usable_sweeps(log: Log, lidar: str, what: str, report: Report | None) -> Iterator[tuple[int, Array, Array | None]]:
@@ -218,7 +220,8 @@ def register(source: Array, target: Planes, target_from_source: Array) -> tuple[
 def refined(log: Log, report: Report | None = None) -> Trajectory:
     """Poses by point-to-plane registration of each sweep to the TARGETS before it, in their refined places; source ``refined``.
 
-    Each starts from the step that the log's poses say, or `odometry` where the log has none and beyond their ends. A pose at t
+    Each starts from the step that the log's poses say, or `odometry` where the log has none and beyond their ends; where that is far from a
+    steady motion, from the better of both. A pose at t
     has seen sweeps at <= t only (the start of `odometry` apart). Points are used as recorded, as the forecasts that these poses serve do. A
     sweep that does not register (fewer than MIN_MATCHED points match, or it would move more than MAX_MOVED_M) keeps the start's step and is
     counted in ``log.counts``. report(done, total, text) is called per sweep. RecordError without a readable sweep."""
@@ -245,9 +248,19 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
                 # in the sensor's expected frame: small numbers, and the start is the identity
                 here = transform_points(inverse(pose), np.concatenate(near))
                 here = here[(np.abs(here) < MAX_RANGE_M + 20).all(1)]
-                found, matched, _ = register(cloud, Planes(here), np.eye(4))
-                if matched >= min(MIN_MATCHED, len(cloud) // 3) and np.linalg.norm(found[:3, 3]) <= MAX_MOVED_M:
+                planes, ahead = Planes(here), np.eye(4)
+                offset = ahead
+                found, matched, _ = register(cloud, planes, ahead)
+                if len(poses) > 1:
+                    steady = inverse(pose) @ _steady(poses[-2:], stamps[[*indices[-2:], index]])
+                    if np.linalg.norm(steady[:3, 3]) > STEPS_APART_M:
+                        other, more, _ = register(cloud, planes, steady)
+                        if more > CLEARLY_MORE * matched:
+                            found, matched, offset = other, more, steady
+                if matched >= min(MIN_MATCHED, len(cloud) // 3) and np.linalg.norm((inverse(offset) @ found)[:3, 3]) <= MAX_MOVED_M:
                     moved = pose @ found
+                    if offset is not ahead:
+                        log.counts[f"{lidar}: step of the {start.source} poses given up for that of a steady motion"] += 1
             if moved is None:
                 log.counts[f"{lidar}: not registered, step of the {start.source} poses kept"] += 1
             else:
@@ -257,6 +270,16 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
         poses.append(pose)
         recent.append((int(stamps[index]), transform_points(pose, cloud)))
     return _trajectory(log, lidar, indices, poses, "refined", np.eye(4))
+
+
+def _steady(last_two: list[Array], stamps_ns: Array) -> Array:
+    """The pose (4,4) at the third of stamps_ns (3,) of what was at last_two at the first two, and moves on steadily."""
+    from scipy.spatial.transform import Rotation
+
+    share = (stamps_ns[2] - stamps_ns[1]) / (stamps_ns[1] - stamps_ns[0])
+    step = inverse(last_two[0]) @ last_two[1]
+    turn = Rotation.from_rotvec(share * Rotation.from_matrix(step[:3, :3]).as_rotvec()).as_matrix()
+    return last_two[1] @ from_rotation_translation(turn, share * step[:3, 3])
 
 
 def _start(log: Log, stamps_ns: Array, report: Report | None) -> tuple[Trajectory, Array]:

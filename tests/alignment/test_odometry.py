@@ -39,6 +39,19 @@ def test_refined_poses_undo_a_drift_of_half_a_metre_per_second():
     assert np.allclose(found.world_from_ego[0], given.world_from_ego[0], atol=1e-9)
 
 
+@pytest.mark.parametrize("fault", ["jump", "freeze"])
+def test_refined_poses_do_not_follow_a_jump_or_a_freeze(fault):
+    log = make_log(14)
+    poses = true_poses(log).copy()
+    if fault == "jump":
+        poses[8:, :2, 3] += (2.4, 1.6)
+    else:
+        poses[5:10] = poses[5]
+    found = refined(dataclasses.replace(log, poses=Trajectory(log.sweep_stamps_ns["top"], poses, "gnss")))
+    assert relative_errors(found.world_from_ego, true_poses(log)).max() < 0.02
+    assert log.counts["top: step of the gnss poses given up for that of a steady motion"] >= 1
+
+
 def test_refined_starts_from_odometry_where_there_are_no_poses():
     log = make_log(8)
     assert relative_errors(refined(log).world_from_ego, true_poses(log)).max() < 0.012
