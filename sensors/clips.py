@@ -1,12 +1,13 @@
 """Clips: what a model is shown and asked, cut from a log by time and never by index.
 
-A frame is the reference LiDAR's sweep nearest to a nominal instant, within half a sweep's period; a clip is `past` frames that end at
+A frame is the reference LiDAR's sweep nearest to a nominal instant, within about half a sweep's period; a clip is `past` frames that end at
 t = 0 and `future` frames after it, at a nominal rate. Where an instant has no sweep, no pose, or lies outside the range asked for,
 there is no clip: nothing is filled in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from sensors.geometry import pose_at
 from sensors.records import Clip, Frame, Log, RecordError
 
 Array = NDArray[Any]
+
+# of a sweep's period, that a frame may be off: at 12.5 Hz instants 0.2 s apart fall between two sweeps
+TOLERANCE = 0.55
 
 
 def nearest_index(stamps_ns: Array, wanted_ns: Array) -> Array:
@@ -47,10 +51,19 @@ def frames_at(log: Log, stamps_index: Array, lidar: str) -> list[Frame]:
 
 
 def clips_of(
-    log: Log, *, past: int = 5, future: int = 5, rate_hz: float = 5.0, every_s: float = 0.5, from_ns: int | None = None, to_ns: int | None = None
+    log: Log,
+    *,
+    past: int = 5,
+    future: int = 5,
+    rate_hz: float = 5.0,
+    every_s: float = 0.5,
+    at_ns: Array | None = None,
+    from_ns: int | None = None,
+    to_ns: int | None = None,
 ) -> list[Clip]:
-    """The clips of a log in order: t = 0 every `every_s`, the earliest with a full past first; no past or future frame leaves
-    from_ns <= stamp < to_ns, and none lies in a gap of the sweeps or of the poses. An empty list where the log is too short or has no LiDAR."""
+    """The clips of a log in order: t = 0 every `every_s`, the earliest with a full past first, or at the sweeps nearest to the ascending
+    instants at_ns (K,) i64; no past or future frame leaves from_ns <= stamp < to_ns, and none lies in a gap of the sweeps or of the poses. An
+    empty list where the log is too short or has no LiDAR."""
     if not log.lidars:
         return []
     lidar = log.reference_lidar
@@ -64,25 +77,38 @@ def clips_of(
     if not len(allowed):
         return []
     period_ns = 1e9 / rate_hz
-    tolerance_ns = 0.5e9 / log.lidars[lidar].rate_hz
+    tolerance_ns = TOLERANCE * 1e9 / log.lidars[lidar].rate_hz
     steps = np.round(np.arange(-past + 1, future + 1) * period_ns).astype(np.int64)
     clips: list[Clip] = []
-    every_ns, known = int(every_s * 1e9), stamps[allowed]
-    present_ns = int(known[0]) - int(steps[0])
-    while present_ns <= known[-1]:
-        following_ns = int(known[np.searchsorted(known, present_ns)]) - present_ns
+    known = stamps[allowed]
+    presents = at_ns if at_ns is not None else _every(known, int(known[0]) - int(steps[0]), int(every_s * 1e9))
+    last_ns = -1
+    for present_ns in presents:
         present_at = known[nearest_index(known, np.array([present_ns]))[0]]
-        if following_ns > every_ns and present_ns - present_at > every_ns:
-            present_ns += following_ns // every_ns * every_ns  # a clock that jumps leaves a gap of years: over it at once, on the same grid
-            continue
+        if present_at == last_ns:
+            continue  # instants closer than sweeps
+        last_ns = present_at
         wanted = present_at + steps
         index = allowed[nearest_index(known, wanted)]
         near = np.abs(stamps[index] - wanted) <= tolerance_ns
         if near.all() and len(set(index.tolist())) == len(index) and not _pose_gap(log, stamps[index]):
             frames = frames_at(log, index, lidar)
             clips.append(Clip(log, lidar, tuple(frames[:past]), tuple(frames[past:])))
-        present_ns += every_ns
     return clips
+
+
+def _every(known_ns: Array, first_ns: int, every_ns: int) -> Iterator[int]:
+    """Instants from first_ns to the last of known_ns, every_ns apart, those in long gaps left out."""
+    at_ns = first_ns
+    while at_ns <= known_ns[-1]:
+        following = int(np.searchsorted(known_ns, at_ns))
+        before_ns = at_ns - int(known_ns[following - 1]) if following else every_ns
+        following_ns = int(known_ns[following]) - at_ns
+        if following_ns > every_ns and before_ns > every_ns:
+            at_ns += following_ns // every_ns * every_ns  # a clock that jumps leaves a gap of years: over it at once, on the same grid
+            continue
+        yield at_ns
+        at_ns += every_ns
 
 
 def clips_at(log: Log, stamps_ns: Array, *, past: int = 5, rate_hz: float = 5.0, from_ns: int | None = None) -> list[Clip]:

@@ -38,7 +38,8 @@ def checked_array(what: str, value: object, dtype: type, shape: tuple[int | None
     if np.issubdtype(dtype, np.integer) and given.size:  # a cast would turn seconds into zeros, and wrap what is too large
         if given.dtype.kind not in "biuf" or (given.dtype.kind == "f" and not (np.isfinite(given) & (given == np.rint(given))).all()):
             raise RecordError(f"{what}: not whole numbers; stamps and times are integers of nanoseconds, convert them in the adapter")
-        least, most, bounds = int(given.min()), int(given.max()), np.iinfo(dtype)
+        least, most = int(given.min()), int(given.max())
+        bounds: np.iinfo[Any] = np.iinfo(dtype)
         if least < bounds.min or most > bounds.max:
             raise RecordError(f"{what}: {least}..{most} does not fit {bounds.dtype}; check its unit and where it counts from")
     array: Array = np.ascontiguousarray(given, dtype=dtype)
@@ -366,8 +367,8 @@ class Log:
         if both := sorted(set(self.lidars) & set(self.cameras)):
             raise RecordError(f"log {self.id}: {both[0]!r} is the name of a LiDAR and of a camera; rename one in the adapter")
         if self.measured_speed is not None and len(self.measured_speed[0]) != len(self.measured_speed[1]):
-            stamps, speeds = map(len, self.measured_speed)
-            raise RecordError(f"log {self.id}: {stamps} stamps and {speeds} values of the measured speed; give one each in the adapter")
+            known, values = map(len, self.measured_speed)
+            raise RecordError(f"log {self.id}: {known} stamps and {values} values of the measured speed; give one each in the adapter")
         for kind, sensors, by_sensor in (("lidar", self.lidars, self.sweep_stamps_ns), ("camera", self.cameras, self.image_stamps_ns)):
             if set(sensors) != set(by_sensor):
                 raise RecordError(f"log {self.id}: stamps are given for {kind}s {sorted(by_sensor)}, sensors are {sorted(sensors)}")

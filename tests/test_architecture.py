@@ -111,8 +111,9 @@ def test_a_wrong_key_is_refused_with_the_nearest():
 @pytest.mark.parametrize("wrong", [
     "model.rate_hz=0", "model.rate_hz=-5", "model.rate_hz=.inf", "train.threads=0", "train.every_s=0", "train.every_s=1e-12", "train.clips=0",
     "train.steps=-1", "train.steps=0", "train.validate_every=0", "train.save_every=0", "train.rays=0", "train.instants=0", "train.lr=0",
-    "train.lr=.inf", "train.clip_norm=-1", "train.hidden_share=1.5", "train.validation=-0.1", "train.validation=1", "train.scale=1", "train.cache_gb=-1",
-    "train.warmup=-1", "model.past=0", "model.future=-2", "model.past=3", "model.latent_sweeps=[]", "model.latent_sweeps=[-1]", "model.channels=0",
+    "train.lr=.inf", "train.clip_norm=-1", "train.hidden_share=1.5", "train.validation=-0.1", "train.validation=1", "train.scale=1",
+    "train.cache_gb=-1", "train.warmup=-1", "model.latent_sweeps=[1,2]", "model.latent_sweeps=[0,2,1]", "model.latent_sweeps=[0,0]",
+    "model.past=0", "model.future=-2", "model.past=3", "model.latent_sweeps=[]", "model.latent_sweeps=[-1]", "model.channels=0",
     "model.channels=6", "encoder.layers=[]", "encoder.pfn_widths=[]", "encoder.pfn_widths=[0]", "encoder.low=[]", "encoder.high=[.inf,51.2,3]",
     "encoder.voxel=[0,0.4,6]", "encoder.strides=[0,2,2]", "encoder.max_points=-1", "seed=-1", "objectives.moving=-1", "objectives.moving=.inf",
     "train.steps=1" + 400 * "0", "encoder.features=[x,y,z,dt,dt]", "encoder.pfn_widths=[15,16]",

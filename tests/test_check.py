@@ -103,7 +103,7 @@ def test_the_page_shows_every_part_and_fetches_nothing():
 @pytest.mark.parametrize("poses", [True, False])
 def test_hostile_names_stay_text(poses):
     name = "made/" + "".join(c for c in HOSTILE if c.isprintable() and c != "\\").replace("/", "-").strip()
-    log = street_log(name, HOSTILE, HOSTILE, HOSTILE, poses, unreadable=range(len(STAMPS)) if not poses else ())
+    log = street_log(name, HOSTILE, HOSTILE + "2", HOSTILE, poses, unreadable=range(len(STAMPS)) if not poses else ())
     page = check_page(HOSTILE, [checked(log)], [HOSTILE], notes=[HOSTILE])
     audited(page)
     assert "<script" not in page and "\u2028" not in page and "\x1b" not in page
@@ -113,7 +113,7 @@ def test_hostile_names_stay_text(poses):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
 def test_a_browser_runs_nothing_of_it(tmp_path):
     """The page's title would be changed by any script that ran."""
-    page = check_page(HOSTILE, [checked(street_log("made/x", HOSTILE, HOSTILE, HOSTILE))], [HOSTILE.replace("alert(1)", "document.title='run'")])
+    page = check_page(HOSTILE, [checked(street_log("made/x", HOSTILE, HOSTILE + "2", HOSTILE))], [HOSTILE.replace("alert(1)", "document.title='run'")])
     (tmp_path / "x.html").write_text(page, encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom", str(tmp_path / "x.html")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
@@ -208,7 +208,7 @@ def test_of_lidars_with_as_many_sweeps_the_highest_is_taken():
     def taken(heights_m, missing):
         lidars = {name: Lidar(name, np.eye(4) + height * np.outer([0, 0, 1, 0], [0, 0, 0, 1]), 10.0) for name, height in heights_m.items()}
         stamps = {name: np.arange(100 - missing.get(name, 0)) * 100_000_000 for name in lidars}
-        return dataclasses.replace(street_log(), lidars=lidars, sweep_stamps_ns=stamps, poses=None).reference_lidar
+        return dataclasses.replace(street_log(camera="eye"), lidars=lidars, sweep_stamps_ns=stamps, poses=None).reference_lidar
 
     assert taken({"front": 0.6, "roof": 1.9, "side": 0.6}, {}) == taken({"front": 0.6, "roof": 1.9, "side": 0.6}, {"roof": 10}) == "roof"
     assert taken({"front": 0.6, "roof": 1.9}, {"roof": 11}) == taken({"front": 1.0, "side": 1.0}, {}) == "front"

@@ -231,6 +231,34 @@ def test_a_sector_is_withheld_from_everyone_and_only_what_lies_in_it_is_scored()
     assert evaluation.sector_of(hidden[0][0], 4) != evaluation.sector_of(hidden[1][0], 4) != evaluation.sector_of(hidden[1][0], 5)
 
 
+def test_a_scanner_that_does_not_look_all_round_has_clips_with_nothing_in_the_sector():
+    log = street()
+
+    def ahead(lidar, index):
+        sweep = log.read_sweep(lidar, index)
+        kept = np.abs(np.arctan2(sweep.points[:, 1], sweep.points[:, 0])) < np.pi / 6
+        return Sweep(lidar, sweep.stamp_ns, sweep.points[kept], sweep.intensity[kept])
+
+    class Picky(Knowing):
+        def mixtures(self, clip, history, rays, arms):
+            assert all(len(asked.ranges) for asked in rays)
+            return super().mixtures(clip, history, rays, arms)
+
+    narrow = dataclasses.replace(log, read_sweep=ahead)
+    table = evaluate([Part(narrow)], Picky(), methods=["model", "copy"], rays_per_sweep=500, hidden_sector=True, seed=3)
+    assert pick(table, "model").n_clips == 3
+    assert {row.n_clips for row in table if row.subset == "hidden"} < {0, 1, 2}
+
+
+def test_a_mean_is_of_all_horizons_or_left_out():
+    log = street()
+    stamps = {int(s) for s in log.sweep_stamps_ns["top"][[10, 15, 20]]}  # as a keyframe every half second
+    keyframes = dataclasses.replace(log, open_labels=lambda: Labels(tuple(box for box in street().open_labels().boxes if box.stamp_ns in stamps)))
+    table = evaluate([Part(keyframes)], methods=["copy"], rays_per_sweep=1000)
+    moving = [row.horizon_s for row in table if row.subset == "moving" and row.log is None]
+    assert moving and None not in moving and pick(table, "copy").l1_mean > 0
+
+
 def test_hide_sector_takes_points_across_the_seam_behind():
     history = history_of(clip_of(street()))
     hidden = hide_sector(history, np.pi, 1.0)
@@ -270,6 +298,24 @@ def test_a_clock_that_jumps_by_years_is_stepped_over_and_changes_no_clip():
     moved = dataclasses.replace(log, sweep_stamps_ns={"top": jumped}, poses=Trajectory(jumped, log.poses.world_from_ego))
     whole = [clip.stamp_ns for clip in clips_of(log, every_s=0.1) if clip.past[0].sweep_index > 3]  # sweep 3 lies at the gap of the poses
     assert whole and [clip.stamp_ns - years_ns for clip in clips_of(moved, every_s=0.1)] == whole
+
+
+def test_clips_at_given_instants_and_none_twice():
+    log = street()
+    stamps = log.sweep_stamps_ns["top"]
+    at = np.array([stamps[3], stamps[9], stamps[12] + 30_000_000, stamps[12] + 40_000_000, stamps[29]])
+    assert [clip.stamp_ns for clip in clips_of(log, at_ns=at)] == [stamps[9], stamps[12]]  # the others have no past or no future
+    close = [clip.stamp_ns for clip in clips_of(log, every_s=0.03)]
+    assert close == [clip.stamp_ns for clip in clips_of(log, every_s=0.1)] and len(set(close)) == len(close)
+
+
+def test_a_scanner_whose_sweeps_lie_beside_the_instants_loses_no_clips():
+    log = street(5.0, period_ns=80_000_000)  # 0.2 s are two and a half of its sweeps
+    rng = np.random.default_rng(0)
+    shaken = log.sweep_stamps_ns["top"] + rng.normal(0, 2e6, len(log.sweep_stamps_ns["top"])).astype(np.int64)
+    lidar = dataclasses.replace(log.lidars["top"], rate_hz=12.5)
+    real = dataclasses.replace(log, lidars={"top": lidar}, sweep_stamps_ns={"top": shaken}, poses=Trajectory(shaken, log.poses.world_from_ego))
+    assert len(clips_of(real, every_s=0.1)) > 30
 
 
 def test_logs_are_rows_of_their_own_and_the_total_is_over_all_of_them():

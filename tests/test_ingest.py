@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,17 @@ def odometry(monkeypatch):
 
     real = importlib.import_module("sensors.alignment.odometry")
     stamps = lambda log: log.sweep_stamps_ns[log.reference_lidar]  # noqa: E731
+
+    def still(name):
+        def compute(log, report):
+            for done in range(len(stamps(log)) + 1):
+                report(done, len(stamps(log)), name)
+            return Trajectory(stamps(log), np.tile(np.eye(4), (len(stamps(log)), 1, 1)), name)
+
+        return compute
+
     for name in ("odometry", "refined"):
-        monkeypatch.setattr(real, name, lambda log, name=name: Trajectory(stamps(log), np.tile(np.eye(4), (len(stamps(log)), 1, 1)), name))
+        monkeypatch.setattr(real, name, still(name))
 
 
 def drive(raw, number):
@@ -168,7 +178,7 @@ def test_a_log_whose_odometry_fails_is_kept_without_poses_and_says_so(tmp_path, 
     from sensors.alignment import odometry as real
     from sensors.records import RecordError
 
-    def fails(log):
+    def fails(log, report):
         raise RecordError("too few sweeps")
 
     monkeypatch.setattr(real, "odometry", fails)
@@ -177,6 +187,162 @@ def test_a_log_whose_odometry_fails_is_kept_without_poses_and_says_so(tmp_path, 
     store = open_store(tmp_path / "s")
     assert store.open_log(store.ids[0]).poses is None and "too few sweeps" in store.manifest(store.ids[0])["notes"][0]
     assert ingest([drive(raw, 3)], tmp_path / "t", poses="odometry").quarantined == 1
+    assert ingest([drive(raw, 3)], tmp_path / "s").already == 1
+    (row,) = ingest([drive(raw, 3)], tmp_path / "s", poses="odometry").reasons
+    assert row.reason.endswith("is stored with --poses log, asked is --poses odometry; --overwrite stores it as asked now")
+
+
+def test_what_is_stored_in_another_way_than_asked_is_told(tmp_path, raw, odometry, capsys):
+    one, store = drive(raw, 1), tmp_path / "s"
+    assert ingest([one], store).stored == 1
+    for asked, said in (
+        ({"poses": "refined"}, "--poses refined"),
+        ({"lossless": True}, "--poses log --lossless"),
+        ({"reference": True}, "--poses log --reference"),
+    ):
+        found = ingest([one], store, **asked)
+        assert (found.quarantined, found.already, found.exit_code) == (1, 0, 3)
+        assert found.reasons[0].reason == (
+            f"log kitti_raw/{one.name}: is stored with --poses log, asked is {said}; --overwrite stores it as asked now"
+        )
+        assert ingest([one], store).already == 1 and list((store / "quarantine").iterdir()) == []
+    assert cli.main(["ingest", str(one), str(store), "--poses", "refined"]) == 3 and "asked is --poses refined" in capsys.readouterr().out
+    asked = {"poses": "refined", "reference": True}
+    assert ingest([one], store, overwrite=True, **asked).stored == 1 and ingest([one], store, **asked).already == 1
+    assert ingest([one], store, lossless=True, **asked).already == 1  # nothing is copied that could lose something
+    assert ingest([one], store).quarantined == 1 and open_store(store).manifest(f"kitti_raw/{one.name}")["pose_source"] == "refined"
+
+
+def test_odometry_for_want_of_poses_is_odometry_as_asked(tmp_path, raw, odometry):
+    shutil.rmtree(drive(raw, 3) / "oxts")
+    for first, then in (("log", "odometry"), ("odometry", "log")):
+        store = tmp_path / first
+        assert ingest([drive(raw, 3)], store, poses=first).stored == 1
+        assert ingest([drive(raw, 3)], store, poses=first).already == ingest([drive(raw, 3)], store, poses=then).already == 1
+        assert ingest([drive(raw, 3)], store, poses="refined").quarantined == 1
+
+
+def other_content(folder):
+    """Change what the recording holds, and neither names nor sizes."""
+    for path in folder.rglob("*.bin"):
+        path.write_bytes(path.read_bytes()[::-1])
+
+
+@pytest.fixture
+def twins(tmp_path, raw):
+    """Two folders that hold drives of the same names and sizes and of other content."""
+    for number in (2, 3):
+        shutil.rmtree(drive(raw, number))
+    other = tmp_path / "other" / raw.name
+    shutil.copytree(raw, other)
+    other_content(other)
+    return raw, other
+
+
+def test_two_recordings_of_one_name_are_not_taken_for_one(tmp_path, twins):
+    for more in ({}, {"overwrite": True}):
+        found = ingest(twins, tmp_path / "s", **more)
+        assert (found.seen, found.stored, found.quarantined, found.exit_code) == (2, 1, 1, 3)
+        assert all(str(folder) in found.reasons[0].reason for folder in twins)
+    assert open_store(tmp_path / "s").manifest("kitti_raw/2011_09_26_drive_0001_sync")["generation"] == 2
+    found = ingest(twins, tmp_path / "s")  # told again
+    assert (found.already, found.quarantined) == (1, 1) and str(twins[1]) in found.reasons[0].reason
+    found = ingest([twins[1]], tmp_path / "s")
+    assert found.quarantined == 1 and f"other files than those in {twins[1]}; --overwrite" in found.reasons[0].reason
+
+
+def test_a_recording_that_was_moved_or_copied_is_stored_before(tmp_path, twins):
+    twin, _ = twins
+    shutil.copytree(twin, tmp_path / "copy" / twin.name)
+    found = ingest([twin, tmp_path / "copy" / twin.name], tmp_path / "s")
+    assert (found.stored, found.already, found.exit_code) == (1, 1, 0)
+    twin.rename(tmp_path / "moved")
+    assert ingest([tmp_path / "moved"], tmp_path / "s").already == 1
+
+
+@pytest.mark.slow
+def test_workers_that_reach_two_recordings_of_one_name_take_one(tmp_path, twins):
+    found = ingest(twins, tmp_path / "s", workers=2)
+    assert (found.seen, found.stored, found.quarantined) == (2, 1, 1)
+    assert all(str(folder) in found.reasons[0].reason for folder in twins)
+
+
+def test_workers_at_one_log_go_on_one_by_one(tmp_path):
+    from multiprocessing import Pipe
+
+    tally = module._Tally(lambda done, total, text: None)
+    pipes = [Pipe() for _ in range(3)]
+    crew = [module._Worker(None, ours, (i, 0), log, True) for i, ((ours, _), log) in enumerate(zip(pipes, ("d/a", "d/a", "d/b")))]
+    module._let_on(crew, tally)
+    assert [worker.waits for worker in crew] == [False, True, False] and [theirs.poll() for _, theirs in pipes] == [True, False, True]
+    crew[0].task = None
+    tally.add(module._Outcome("stored", "d/a", folder="/x1"), more=True)
+    module._let_on(crew, tally)
+    assert not crew[1].waits and pipes[0][1].recv() is None and pipes[1][1].recv() == "/x1"
+
+
+def surprise(monkeypatch, name, number, error):
+    """The adapter meets what it did not foresee in one drive."""
+    real = getattr(kitti_raw._Drive, name)
+
+    def raises(self, *rest):
+        if self.folder.name.endswith(f"000{number}_sync"):
+            raise error
+        return real(self, *rest)
+
+    monkeypatch.setattr(kitti_raw._Drive, name, raises)
+
+
+def test_a_value_that_the_adapter_did_not_foresee_costs_its_log(tmp_path, raw, monkeypatch, capsys):
+    surprise(monkeypatch, "_read_calibration", 1, ValueError("could not\nconvert"))
+    surprise(monkeypatch, "read_sweep", 2, KeyError("token"))
+    assert cli.main(["ingest", str(raw), str(tmp_path / "s")]) == 3
+    printed = capsys.readouterr()
+    assert "3 logs seen = 1 stored + 2 quarantined" in printed.out and "Traceback" not in printed.err
+    opening, reading = (line for line in printed.out.splitlines() if line.startswith("quarantined"))
+    assert re.fullmatch(rf"quarantined: {raw.name}#0: ValueError: could not\\nconvert in the adapter at kitti_raw\.py:\d+", opening)
+    assert re.search(r"log kitti_raw/2011_09_26_drive_0002_sync: KeyError: 'token' at test_ingest\.py:\d+$", reading)
+    assert content(tmp_path / "s").keys() == {"kitti_raw/2011_09_26_drive_0003_sync"}
+    assert cli.main(["ingest", str(raw), str(tmp_path / "s"), "--debug"]) == 3
+    said = capsys.readouterr().err
+    assert said.count("\nValueError: could not") == said.count("\nKeyError: 'token'") == 1
+    monkeypatch.undo()
+    assert ingest([raw], tmp_path / "s").stored == 2 and list((tmp_path / "s/quarantine").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_what_ends_a_program_ends_the_ingest(tmp_path, raw, monkeypatch, error):
+    surprise(monkeypatch, "read_sweep", 1, error())
+    with pytest.raises(Interrupted if error is KeyboardInterrupt else error):
+        ingest([raw], tmp_path / "s")
+    assert content(tmp_path / "s") == {}
+
+
+def test_how_far_a_long_log_is_is_told(tmp_path, raw, odometry):
+    texts, one = [], drive(raw, 1)
+    ingest([one], tmp_path / "s", poses="refined", report=lambda done, total, text: texts.append((done, total, text)))
+    poses, sweeps, images = ([text for _, _, text in texts if f"log kitti_raw/{one.name}: {what} " in text] for what in ("poses", "sweeps", "images"))
+    assert poses[0].endswith("poses 0 of 4 sweeps") and poses[-1].endswith("poses 4 of 4 sweeps")
+    assert [text[-6:] for text in sweeps if "sweeps 0" not in text] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"] and "images 3 of 3" in images[-1]
+    assert texts.index((0, 1, poses[-1])) < texts.index((0, 1, sweeps[0]))
+
+
+@pytest.mark.slow
+def test_workers_tell_how_far_they_are(tmp_path, raw):
+    texts = []
+    ingest([raw], tmp_path / "s", workers=2, report=lambda done, total, text: texts.append(text))
+    assert any(text.startswith("log kitti_raw/") for text in texts), texts
+
+
+def test_synth_says_that_what_is_there_is_not_what_is_asked(tmp_path, capsys):
+    command = ["synth", str(tmp_path / "s"), "--logs", "1", "--lidar", "hdl32", "--every", "3", "--seconds", "0.5"]
+    assert cli.main(command) == 0 and "1 logs" in capsys.readouterr().out
+    assert cli.main(command) == 0 and "stay as they are" not in capsys.readouterr().out
+    for asked in (["--seconds", "1"], ["--lidar", "hdl64"], ["--every", "2"], ["--cameras", "front"]):
+        assert cli.main([*command, *asked]) == 0
+        assert "1 of those that were there are of another length, rate, LiDAR or cameras" in capsys.readouterr().out
+    assert cli.main([*command, "--lidar", "hdl64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["otherwise"] == ["synthetic/street-000000"]
 
 
 def test_references_need_no_copies(tmp_path, raw):

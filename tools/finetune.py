@@ -61,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     if args.test:
         test = [part for path in args.test for part in open_data(path)]
     else:
-        labelled = sorted({part.log.id for part in train})
+        labelled = sorted({part.log.id for part in train if part.log.open_labels() is not None})
         if len(labelled) < 4:
-            raise UsageError(f"--data holds {len(labelled)} logs: too few to set some apart; give --test")
+            raise UsageError(f"--data holds {len(labelled)} logs with labels: too few to set some apart; give --test")
         out = set(labelled[3::4])
         train, test = [p for p in train if p.log.id not in out], [p for p in train if p.log.id in out]
     plan = finetune.Plan(threads=args.threads, device=validation.device_of(args.device))

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         reference=args.reference,
         overwrite=args.overwrite,
         lossless=args.lossless,
+        debug=args.debug,
         report=reporter("logs"),
     )
     if args.json:

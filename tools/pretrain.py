@@ -46,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
         # the process, where a thread that outlives the interpreter aborts it
         import torch.distributed.nn
 
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what names no GPU, a barrier or a synchronisation, means this one
     if bool(args.resume) and (args.output or args.config != "default" or args.overrides or args.encoder):
         raise UsageError("--resume goes on with the run's own configuration; leave out --output, --config, --set and --encoder")
     folder = Path(args.resume or args.output or f"runs/{Path(args.config).stem}")
@@ -65,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         autocast, channels_last = validation.probe_bf16(config, device)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, autocast=autocast, channels_last=channels_last))
     parts = [part for path in data for part in open_data(path)]
-    if not args.resume and rank == 0:
+    if args.resume:
+        rundir.check_same_data(folder, parts)
+    elif rank == 0:
         rundir.create(folder, config, parts)
         write_json(folder / "data.json", {"data": [str(Path(d).resolve()) for d in data]})
     if world > 1:
@@ -104,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         kinds = list(dict.fromkeys(row["features"] for row in probed))
         ap = {(row["features"], row["task"]): row["ap"] for row in probed}
         title = f"linear probe, average precision per cell ({probed[0]['clips']} clips of {probed[0]['logs']} logs)"
-        print_table(title, ["features", *tasks], [(kind, *(f"{ap[kind, task]:.3f}" for task in tasks)) for kind in kinds])
+        shown = {key: "-" if value is None else f"{value:.3f}" for key, value in ap.items()}
+        print_table(title, ["features", *tasks], [(kind, *(shown[kind, task] for task in tasks)) for kind in kinds])
     return 0
 
 

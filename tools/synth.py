@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from sensors.simulator.log import simulate
     from worldmodel.tools.terminal import print_json, reporter
 
-    if args.logs < 1 or args.workers < 1:
-        raise UsageError(f"--logs {args.logs} --workers {args.workers}: give at least 1")
+    if min(args.logs, args.workers, args.every) < 1:
+        raise UsageError(f"--logs {args.logs} --workers {args.workers} --every {args.every}: give at least 1")
     options = {"seconds": args.seconds, "lidar": args.lidar, "cameras": args.cameras, "every": args.every}
     seeds = range(args.seed, args.seed + args.logs)
     report = reporter("logs")
@@ -46,21 +46,24 @@ def run(args: argparse.Namespace) -> int:
                 yield simulate(seed, **options)
 
         write_logs(args.store, logs())
-        written, present = [f"synthetic/street-{seed:06d}" for seed in seeds], []
+        written, present, otherwise = [f"synthetic/street-{seed:06d}" for seed in seeds], [], []
         report(args.logs, args.logs, "")
     else:
-        written, present = _fill_store(args.store, [(seed, options) for seed in seeds], args.workers, report)
+        written, present, otherwise = _fill_store(args.store, [(seed, options) for seed in seeds], args.workers, report)
     seconds = time.monotonic() - start
     if args.json:
-        print_json("synth", store=str(args.store), format=args.format, written=written, present=present, seconds=seconds)
+        print_json("synth", store=str(args.store), format=args.format, written=written, present=present, otherwise=otherwise, seconds=seconds)
         return 0
     there = f", {len(present)} were there" if present else ""
     print(f"{len(written)} logs of {args.seconds:g} s written to {args.store}{there}; {seconds:.0f} s")
+    if otherwise:
+        print(f"{len(otherwise)} of those that were there are of another length, rate, LiDAR or cameras than asked ({otherwise[0]}) and stay as they "
+              "are; give another store or other seeds")  # fmt: skip
     return 0
 
 
-def _fill_store(store: Path, wanted: list[tuple[int, dict[str, Any]]], workers: int, report: Any) -> tuple[list[str], list[str]]:
-    """Ids of the logs written now and of those that were in the store already."""
+def _fill_store(store: Path, wanted: list[tuple[int, dict[str, Any]]], workers: int, report: Any) -> tuple[list[str], list[str], list[str]]:
+    """Ids of the logs written now, of those that were in the store already, and of those of the latter that were made otherwise than asked."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
@@ -68,9 +71,11 @@ def _fill_store(store: Path, wanted: list[tuple[int, dict[str, Any]]], workers: 
     from sensors.store.writer import prepare_store
 
     prepare_store(store)
-    known = set(open_store(store).ids)
+    opened, asked = open_store(store), {f"synthetic/street-{seed:06d}": options for seed, options in wanted}
+    known = set(opened.ids)
     jobs = [(store, seed, options) for seed, options in wanted if f"synthetic/street-{seed:06d}" not in known]
     present = [f"synthetic/street-{seed:06d}" for seed, _ in wanted if f"synthetic/street-{seed:06d}" in known]
+    otherwise = sorted(log_id for log_id in present if _made_otherwise(opened.manifest(log_id), **asked[log_id]))
     written = []
     if workers == 1:
         for done, job in enumerate(jobs):
@@ -86,7 +91,16 @@ def _fill_store(store: Path, wanted: list[tuple[int, dict[str, Any]]], workers: 
         finally:
             pool.shutdown(cancel_futures=True)  # what has begun is finished, what waits is not begun
     report(len(jobs), len(jobs), "")
-    return sorted(written), sorted(present)
+    return sorted(written), sorted(present), otherwise
+
+
+def _made_otherwise(manifest: dict[str, Any], *, seconds: float, lidar: str, cameras: str, every: int) -> bool:
+    """Whether a stored log is not the one that these options make, as far as its sensors and the number of its sweeps tell."""
+    from sensors.simulator.camera import chosen
+
+    made = {name: (row["rate_hz"], row["sweeps"]) for name, row in manifest["lidars"].items()}
+    turns = -(-((seconds * 10 + 1e-9) // 1) // every)  # whole ones, and each K-th of them, as `simulate` has it
+    return made != {lidar: (10 / every, turns)} or set(manifest["cameras"]) != set(chosen(cameras))
 
 
 def _end_at_once() -> None:

@@ -97,9 +97,14 @@ def _named(folder: Path, pointer: str) -> str | None:
     return name
 
 
+def _in_order(folder: Path) -> list[str]:
+    """The names of checkpoints, oldest first: by number, since from a million steps on they are longer."""
+    return sorted((p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=lambda name: int(name.partition("_")[2]))
+
+
 def _drop_old(folder: Path) -> None:
     keep = {_named(folder, "best"), _named(folder, "latest")}
-    steps = sorted(p.name for p in folder.iterdir() if _NAME.fullmatch(p.name))
+    steps = _in_order(folder)
     for name in steps[:-KEEP]:
         if name not in keep:
             shutil.rmtree(folder / name)
@@ -118,7 +123,7 @@ def latest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
     folder = run / "checkpoints"
     bad: list[str] = []
-    for name in sorted((p.name for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True) if folder.is_dir() else []:
+    for name in reversed(_in_order(folder)) if folder.is_dir() else []:
         try:
             return read(folder / name), bad
         except WmError as error:

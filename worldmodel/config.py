@@ -110,6 +110,11 @@ class Encoder:
         if len(sizes) > 1:
             shown = " and ".join(f"{nx}x{ny}" for nx, ny in sorted(sizes)[:2])
             raise UsageError(f"encoder: strides and upsample_strides make maps of {shown} cells; the blocks have to give one size")
+        cell_m = self.voxel[0] * self.strides[0] / self.upsample_strides[0]
+        span = tuple(round((self.high[axis] - self.low[axis]) / cell_m) for axis in (0, 1))
+        if self.voxel[0] != self.voxel[1] or sizes != {span}:
+            raise UsageError(f"encoder.voxel: {list(self.voxel[:2])} from low to high; pillars have to be square, and their number along x and y a "
+                             "multiple of the stride")  # fmt: skip
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -140,6 +145,8 @@ class Model:
             raise UsageError(f"model.channels: {self.channels}; give a multiple of 4, its norm has that many groups")
         if (oldest := max(self.latent_sweeps)) >= self.past:
             raise UsageError(f"model.latent_sweeps: {oldest}, where model.past is {self.past}; give numbers below that, 0 is the newest sweep")
+        if self.latent_sweeps[0] != 0 or list(self.latent_sweeps) != sorted(set(self.latent_sweeps)):
+            raise UsageError(f"model.latent_sweeps: {one_line(list(self.latent_sweeps), 60)}; give each once, from 0, the newest, on")
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,8 @@ def forecast_table(name: str, rows: Table) -> Any:
 def probe_table(rows: Sequence[dict[str, Any]]) -> Any:
     names = list(dict.fromkeys(r["features"] for r in rows))
     tasks = list(dict.fromkeys(r["task"] for r in rows))
-    lines = [[n, *(next(r["ap"] for r in rows if r["features"] == n and r["task"] == t) for t in tasks)] for n in names]
+    ap = {(r["features"], r["task"]): "-" if r["ap"] is None else r["ap"] for r in rows}
+    lines = [[n, *(ap[n, t] for t in tasks)] for n in names]
     return table(["features", *tasks], lines, f"{rows[0]['clips']} clips of {rows[0]['logs']} simulated logs")
 
 

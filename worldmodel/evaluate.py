@@ -77,8 +77,8 @@ PROTOCOLS = {"native": Horizons(5, 1), "native3": Horizons(15, 3)}
 @dataclass(frozen=True)
 class Row:
     """One line of the table: a method on a subset of rays, of one log (None: all of them) at one horizon (None: the mean of the horizons'
-    values; rays and missing are then totals). A metric is None where the method has no such thing. intervals: 95 %, by bootstrap over logs
-    and clips, of every metric but the median; empty with fewer than two clips."""
+    values, where the subset has rays at each; rays and missing are then totals). A metric is None where the method has no such thing.
+    intervals: 95 %, by bootstrap over logs and clips, of every metric but the median; empty with fewer than two clips."""
 
     method: str
     subset: str
@@ -283,10 +283,11 @@ class _Methods:
 
     def answers(self, clip: Clip, history: History, rays: Sequence[Rays]) -> Iterator[tuple[str, int, metrics.Answer]]:
         """(method, index into rays, answer) of every method."""
-        if self.forecaster is not None and self.arms:
-            for arm, mixtures in self.forecaster.mixtures(clip, history, rays, self.arms).items():
-                for k, (asked, mixture) in enumerate(zip(rays, mixtures, strict=True)):
-                    yield arm, k, metrics.answer_of_mixture(mixture, asked.ranges)
+        there = [k for k, asked in enumerate(rays) if len(asked.ranges)]  # a hidden sector may hold none
+        if self.forecaster is not None and self.arms and there:
+            for arm, mixtures in self.forecaster.mixtures(clip, history, [rays[k] for k in there], self.arms).items():
+                for k, mixture in zip(there, mixtures, strict=True):
+                    yield arm, k, metrics.answer_of_mixture(mixture, rays[k].ranges)
         for name, predict in self.baselines.items():
             for k, asked in enumerate(rays):
                 yield name, k, metrics.answer_of_points(predict(history, asked), asked.ranges, self._scale(name, asked.horizon_s))
@@ -332,8 +333,8 @@ class _Tally:
                 for horizons in (*((k,) for k in range(len(self.horizons))), tuple(range(len(self.horizons)))):
                     these = sums[:, s, list(horizons)].transpose(1, 0, 2)
                     rays = these[:, :, metrics.AT["rays"]]
-                    if not rays.sum():
-                        continue
+                    if not rays.sum() or (subset != "all" and not rays.sum(1).all()):
+                        continue  # a mean over some of the horizons is comparable with nothing
                     values = {n: metrics.mean_over_horizons(v) for n, v in metrics.metrics_of_sums(these.sum(1)).items()}
                     medians = np.array([metrics.median_of_counts(self.counts[method][s, k]) for k in horizons])
                     values["l1_median"] = metrics.mean_over_horizons(medians)

@@ -92,8 +92,10 @@ def tasks() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def examples(parts: Sequence[Part], task: ModuleType, config: Config, every_s: float, report: Callable[[int, int], None] | None = None) -> list[Any]:
-    """The labelled frames of the data, log by log; report(parts read, parts). WmError where there are none."""
+def examples(
+    parts: Sequence[Part], task: ModuleType, config: Config, every_s: float, report: Callable[[int, int], None] | None = None, what: str = "training"
+) -> list[Any]:
+    """The labelled frames of the data, log by log; report(parts read, parts). WmError where there are none, which names what the data are for."""
     found = []
     model = config.model
     for number, part in enumerate(parts):
@@ -106,7 +108,7 @@ def examples(parts: Sequence[Part], task: ModuleType, config: Config, every_s: f
         clips = clips_at(part.log, stamps, past=model.past, rate_hz=model.rate_hz, from_ns=part.from_ns)
         found += [task.example_of(clip, labels, config) for clip in clips]
     if not found:
-        raise WmError("no log of the data has labels; the simulator's have, and KITTI tracking labels beside a drive")
+        raise WmError(f"no log of the {what} data has labels; the simulator's have, and KITTI tracking labels beside a drive")
     return found
 
 
@@ -287,7 +289,7 @@ def finetune(
     pool = [name for name in names if name not in held_logs] or names
     wanted = held_logs | set(drawn(pool, max(fractions)))
     train_frames = examples([part for part in train_parts if part.log.id in wanted], task, start.config, plan.every_s, reading)
-    test_frames = examples(test_parts, task, start.config, plan.every_s, reading)
+    test_frames = examples(test_parts, task, start.config, plan.every_s, reading, "test")
     if overlap := {frame.log for frame in test_frames} & set(names) if test_parts is not train_parts else set():
         raise UsageError(f"log {one_line(sorted(overlap)[0])} is in the training and in the test data; take it out of one")
     held = [frame for frame in train_frames if frame.log in held_logs]

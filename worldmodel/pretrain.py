@@ -8,7 +8,9 @@ import math
 import os
 import pkgutil
 import signal
+import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sensors.clips import clips_of
@@ -34,7 +37,13 @@ from worldmodel.optimizer import optimizers_of
 from worldmodel.rundir import Journal
 
 Loss = Callable[[WorldModel, Batch, Any], Tensor | None]  # None: this batch asks nothing of it
-PREFETCH, LOADERS = 3, 2
+Array = NDArray[Any]
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+# threads that prepare clips; of many cores most, shared by the ranks of this machine
+LOADERS = max(2, min(16, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+PREFETCH = LOADERS + 1
+ORDERS_KEPT = 3
 FORETELL_EVERY = 4  # steps from one with the future sweep's latent to the next: encoding it costs as much as encoding the input
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
@@ -108,21 +117,25 @@ class Source:
         self.kept: dict[int, Prepared] = {}
         self.bytes = 0
         self.unreadable: dict[str, str] = {}
-        self.orders: dict[int, list[int]] = {}
+        self.orders: dict[int, Array] = {}
+        self.ends: list[int] = []  # of the epochs, as positions in the endless stream
+        self.lock = threading.Lock()
 
     def prepared(self, index: int) -> Prepared:
         found = self.kept.get(index)
         if found is None:
             found = prepare(self.clips[index], self.config)
-            if self.bytes + found.nbytes < self.config.train.cache_gb * 2**30:
-                self.kept[index] = found
-                self.bytes += found.nbytes
+            with self.lock:
+                if index not in self.kept and self.bytes + found.nbytes < self.config.train.cache_gb * 2**30:
+                    self.kept[index] = found
+                    self.bytes += found.nbytes
         return found
 
     def fill(self, report: Callable[[int, int, str], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Prepare clips, in the order of their first visit, until all are kept or memory is used up: beside the training this would take twice
         as long, since both want all cores. Each rank prepares what it will be asked first."""
-        todo = list(dict.fromkeys(self.order(0)))[self.rank :: self.world]
+        slots = len(self.roles)
+        todo = list(dict.fromkeys(index for position, index in enumerate(self.order(0)) if position // slots % self.world == self.rank))
         most = self.config.train.steps * len(self.roles)
         done = 0
 
@@ -138,23 +151,26 @@ class Source:
         with ThreadPoolExecutor(LOADERS) as pool:
             list(pool.map(one, todo[:most]))
 
-    def order(self, epoch: int) -> list[int]:
-        """Every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, epoch)."""
+    def order(self, epoch: int) -> Array:
+        """(K,) i64: every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, epoch)."""
         found = self.orders.get(epoch)
         if found is None:
             rng = rng_of(self.config.seed, "order", epoch)
             times = np.floor(self.weights + rng.random(len(self.weights))).astype(int)
-            found = rng.permutation(np.repeat(np.arange(len(times)), times)).tolist() or [int(np.argmax(self.weights))]
+            found = rng.permutation(np.repeat(np.arange(len(times)), times))
+            found = found if len(found) else np.array([int(np.argmax(self.weights))])
             self.orders[epoch] = found
+            if len(self.orders) > ORDERS_KEPT:
+                del self.orders[next(iter(self.orders))]
         return found
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, clip index) of a position in the endless stream."""
-        epoch = 0
-        while position >= len(self.order(epoch)):
-            position -= len(self.order(epoch))
-            epoch += 1
-        return epoch, self.order(epoch)[position]
+        with self.lock:
+            while not self.ends or position >= self.ends[-1]:
+                self.ends.append((self.ends[-1] if self.ends else 0) + len(self.order(len(self.ends))))
+            epoch = bisect_right(self.ends, position)
+            return epoch, int(self.order(epoch)[position - (self.ends[epoch - 1] if epoch else 0)])
 
     def batch(self, step: int) -> Batch:
         """The batch of a step on this rank. A clip that turns out unreadable is counted and the next one in the list takes its place."""
@@ -344,19 +360,20 @@ def train(
                 for optimizer in optimizers:
                     optimizer.step()
             step += 1
-            elapsed = time.monotonic() - began
+            # one clock for all ranks: the learning rate follows it
+            elapsed, stopped = _agreed(time.monotonic() - began, bool(arrived), world, device)
             here_s = max(time.monotonic() - started, 1e-9)
             scalars = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
             scalars |= {"train/loss": float(total.detach()), "train/lr": optimizers[0].param_groups[0]["lr"], "train/grad_norm": norm,
                         "train/clips_per_s": (step - first) * tc.clips * world / here_s, "data/wait_share": waited / here_s,
                         "sys/memory_gib": memory_gib()}  # fmt: skip
             over = step >= tc.steps or bool(tc.seconds and elapsed >= tc.seconds)
-            over, stopped = _agreed(over, bool(arrived), world, device)
             if report:
                 report(step, tc.steps, "  ".join(f"{n.split('/')[1]} {scalars[n]:.3f}" for n in scalars if n.startswith("train/") and n[6:] in terms)
                        + f"  wait {scalars['data/wait_share']:.0%}  {scalars['sys/memory_gib']:.1f} GiB")  # fmt: skip
             measured = None
             if held.clips and (over or step % tc.validate_every == 0) and not stopped:
+                _average_buffers(model, world)
                 measured = held.measure(model, autocast, device)
                 scalars |= measured["scalars"]
                 journal.pictures(step, held.pictures(model, autocast, device))
@@ -380,13 +397,13 @@ def train(
     return run
 
 
-def _agreed(over: bool, stopped: bool, world: int, device: torch.device) -> tuple[bool, bool]:
-    """What any rank says, all ranks do."""
+def _agreed(elapsed_s: float, stopped: bool, world: int, device: torch.device) -> tuple[float, bool]:
+    """The longest time that any rank says, and whether any is to stop."""
     if world == 1:
-        return over, stopped
-    flags = torch.tensor([over, stopped], dtype=torch.int32, device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags[0]), bool(flags[1])
+        return elapsed_s, stopped
+    said = torch.tensor([elapsed_s, stopped], dtype=torch.float64, device=device)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return float(said[0]), bool(said[1])
 
 
 def keep_freed_memory() -> None:

@@ -23,8 +23,9 @@ from worldmodel.batches import clouds_of, past_clouds, rng_of, state_from_ego
 from worldmodel.downstream.bev_segmentation import covered, is_vehicle
 from worldmodel.encoders.contract import build_encoder
 from worldmodel.finetune import set_statistics
-from worldmodel.labelled import grid_of
+from worldmodel.labelled import grid_of, labelled_stamps
 from worldmodel.trained import Trained
+from worldmodel.validation import to
 
 Array = NDArray[Any]
 
@@ -32,6 +33,7 @@ TASKS = ("occupied", "vehicle", "moving")
 MOVING_MPS = 1.0
 STANDS_M = 0.5
 CELLS_PER_CLIP = 3000
+EVERY_S = 0.5
 
 
 def average_precision(score: Array, truth: Array) -> float:
@@ -107,16 +109,17 @@ def fit(features: Array, truth: Array, steps: int = 60) -> tuple[Array, Array, A
 
 
 def probe(trained: Trained, parts: Sequence[Part], *, most_clips: int = 60, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows {task, features, ap, positives}: features are `latent` (of the exported encoder, newest sweep), `state` (after fusion), `random`
-    (the same encoder untrained), `raw` (height and density). Half of the logs fit the probe, the other half score it; an empty list where
-    fewer than two logs have complete labels."""
+    """Rows {task, features, ap, positives}: features are `latent` (of the exported encoder, newest sweep), `state` (after fusion), `random` (the
+    same encoder untrained), `raw` (height and density); ap is None where there is no positive. Half of the logs fit the probe, the other half
+    score it, at instants that have boxes; an empty list where fewer than two logs have complete labels."""
     clips: list[tuple[Clip, Labels]] = []
     m = trained.config.model
     for part in parts:
         labels = part.log.open_labels()
         if labels is None or labels.complete_fov_rad < np.pi:
             continue
-        found = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, from_ns=part.from_ns, to_ns=part.to_ns)
+        stamps = labelled_stamps(part, labels, EVERY_S)
+        found = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, at_ns=stamps, from_ns=part.from_ns, to_ns=part.to_ns)
         clips += [(clip, labels) for clip in found]
     if len({clip.log.id for clip, _ in clips}) < 2:
         return []
@@ -136,7 +139,7 @@ def probe(trained: Trained, parts: Sequence[Part], *, most_clips: int = 60, seed
             latents = trained.latents(clip, history)
             present = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device)
             state = trained.model.fusion(latents, present)[0].float().cpu().numpy()
-            latent = trained.model.encoder(cloud)[0].float().cpu().numpy()
+            latent = trained.model.encoder(to(cloud, trained.device))[0].float().cpu().numpy()
             blank = untrained(cloud)[0].numpy()
         shape = latent.shape[1:]
         raw = raw_features(points, trained.config.encoder.low, trained.model.cell_m, shape)
@@ -157,6 +160,7 @@ def probe(trained: Trained, parts: Sequence[Part], *, most_clips: int = 60, seed
         for name in ("latent", "state", "random", "raw"):
             mean, deviation, weight, bias = fit(joined[name][side == 0], truth[side == 0])
             score = (joined[name][side == 1] - mean) / deviation @ weight + bias
-            out.append({"task": task, "features": name, "ap": average_precision(score, truth[side == 1]), "positives": float(truth[side == 1].mean()),
+            ap = average_precision(score, truth[side == 1])
+            out.append({"task": task, "features": name, "ap": ap if np.isfinite(ap) else None, "positives": float(truth[side == 1].mean()),
                         "clips": len(clips), "logs": len(logs)})  # fmt: skip
     return out

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,10 +22,11 @@ from numpy.typing import NDArray
 
 from sensors.data import Part
 from sensors.errors import UsageError, one_line
-from sensors.files import BadFile, make_folder, read_whole, write_file, write_json
+from sensors.files import BadFile, make_folder, read_json, read_whole, write_file, write_json
 from worldmodel.config import Config, config_of, parse_tree, tree_of
 
 PACKAGES = ("driving-worldmodel", "torch", "numpy", "numba", "open3d-cpu", "open3d", "opencv-python", "safetensors", "pyarrow")
+SAME = ("log", "from_ns", "to_ns", "weight", "digest")  # what a part of the data is known by
 
 
 def create(run: Path, config: Config, parts: Sequence[Part]) -> None:
@@ -34,6 +36,22 @@ def create(run: Path, config: Config, parts: Sequence[Part]) -> None:
     make_folder(run)
     write_file(run / "config.yaml", yaml.safe_dump(tree_of(config), sort_keys=False).encode())
     write_json(run / "environment.json", environment(parts))
+
+
+def check_same_data(run: Path, parts: Sequence[Part]) -> None:
+    """UsageError where the parts are not those that the run began with: other logs would be held out, some of them trained on before."""
+    both = read_json(run / "environment.json")["logs"], environment(parts)["logs"]
+    began, now = ([[row.get(key) for key in SAME] for row in logs] for logs in both)
+    if began != now:
+        raise UsageError(f"{one_line(run)}: began with other data ({_difference(began, now)}), so other logs would be held out; give the same, "
+                         "or begin a new run")  # fmt: skip
+
+
+def _difference(began: list[list[Any]], now: list[list[Any]]) -> str:
+    if len(began) != len(now):
+        return f"{len(began)} parts then, {len(now)} now"
+    first = next(row for row, other in zip(now, began, strict=True) if row != other)
+    return f"{one_line(first[0])} is not as it was"
 
 
 def read_config(run: Path) -> Config:
@@ -64,13 +82,20 @@ def environment(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def strictest(licences: Sequence[str]) -> str:
-    """The licence that binds hardest among those of the data: non-commercial and share-alike terms outweigh attribution and none."""
-
-    def weight(text: str) -> tuple[int, int, str]:
-        upper = text.upper()
-        return ("NC" in upper or "NON-COMMERCIAL" in upper or "UNKNOWN" in upper, "SA" in upper, text)
-
-    return max(licences, key=weight, default="none")
+    """The licence that binds hardest among those of the data: non-commercial and share-alike terms outweigh attribution, and that none. A
+    licence of other words, such as a company's own, may forbid anything: all of these are named, beside the hardest of the others."""
+    known, own = {}, set()
+    for text in licences:
+        words = set(re.split(r"[^A-Z0-9]+", text.upper().replace("NON-COMMERCIAL", "NC").replace("NONCOMMERCIAL", "NC")))
+        rank = ("NC" in words, "SA" in words, bool({"BY", "MIT", "APACHE", "BSD"} & words))
+        if any(rank) or {"CC0", "PUBLIC"} & words:
+            known[text] = rank
+        else:
+            own.add(text)
+    hardest = max(known, key=lambda text: (known[text], text), default=None)
+    if own and hardest is not None and not any(known[hardest][:2]):
+        hardest = None  # what asks for a name, or for nothing, adds nothing to what may forbid anything
+    return "; ".join([*sorted(own), *([hardest] if hardest is not None else [])]) or "none"
 
 
 def _cpu() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sensors.errors import WmError, one_line
+from sensors.errors import UsageError, WmError, one_line
 from sensors.files import read_json
 from sensors.rays import History, Rays, hide_sector, history_of, in_sector, rays_of
 from sensors.records import Clip
@@ -24,6 +24,7 @@ from worldmodel.validation import untold_evidence, without_evidence
 Array = NDArray[Any]
 
 CHUNK = 8192
+OFF_RATE = 0.3  # of the spacing of the past sweeps, that it may differ from the run's
 MODEL, EVIDENCE_ONLY, POSITIONS, NO_EVIDENCE = "model", "evidence_only", "model@positions", "model@no_evidence"
 
 
@@ -56,6 +57,16 @@ class Trained:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.config.train.autocast == "bf16" else nullcontext()
 
+    def _check_past(self, clip: Clip) -> None:
+        """UsageError where the clip's past is not what the model has learned from."""
+        model, stamps = self.config.model, np.array([frame.stamp_ns for frame in clip.past])
+        spacing_s = float(np.median(np.diff(stamps))) / 1e9 if len(stamps) > 1 else 1 / model.rate_hz
+        if len(stamps) != model.past or abs(spacing_s * model.rate_hz - 1) > OFF_RATE:
+            raise UsageError(
+                f"{one_line(clip.id)}: {len(stamps)} past sweeps {spacing_s:.2f} s apart, where the run learned from {model.past} that are "
+                f"{1 / model.rate_hz:.2f} s apart; give it such clips (`wm evaluate` needs model.past=5 model.rate_hz=5)"
+            )
+
     @torch.no_grad()
     def latents(self, clip: Clip, history: History) -> torch.Tensor:
         """(1,T,C',H,W) f32 of the past sweeps that the encoder sees, newest first."""
@@ -66,6 +77,7 @@ class Trained:
     @torch.no_grad()
     def raw_mixtures(self, clip: Clip, history: History, rays: Sequence[Rays], arms: Sequence[str] = arms) -> dict[str, list[Mixture]]:
         """Per arm the head's mixtures of each set of rays, calibrated, on the CPU."""
+        self._check_past(clip)
         ahead = sorted({asked.horizon_s for asked in rays if asked.horizon_s > 1e-6})
         times = torch.tensor([ahead], dtype=torch.float32, device=self.device)
         latents = self.latents(clip, history)

@@ -6,7 +6,8 @@ An adapter is one module in this package (or an entry point of the group ``drivi
         How sure it is, 0..1, that `path` holds its dataset. Looks at names and a few headers only, never raises, takes no time.
     open_logs(path: Path, options: Mapping[str, str]) -> Iterator[Log]
         One log after the other, payloads lazy. `next()` raises WmError for a log that cannot be opened and may then be called again for
-        the log after it, which a generator cannot do and ``map(open_one, sources)`` can. An option it does not know is a UsageError.
+        the log after it, which a generator cannot do and ``map(open_one, sources)`` can. An option it does not know is a UsageError. Any
+        other error is one that the adapter did not foresee; it costs the log too, and is told with the adapter's line.
     write_sample(root: Path) -> Path
         A complete log of a few frames under `root` (an empty folder), written without any of the adapter's own reading code; gives the
         path to open. The contract tests run on it.
@@ -21,18 +22,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import GeneratorType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sensors.errors import UsageError, WmError, one_line
-from sensors.records import Log, checked_array
+from sensors.records import Log, RecordError, checked_array
 
 Item = TypeVar("Item")
 
@@ -67,16 +69,36 @@ def open_source(path: Path, dataset: str | None = None, options: Mapping[str, st
     name = dataset or guess(path)
     if name not in (known := adapters()):
         raise UsageError(f"dataset {one_line(name)!r} is not one of {', '.join(known)}")
-    logs = known[name].open_logs(path, options or {})
+    try:
+        logs = known[name].open_logs(path, options or {})
+    except (WmError, MemoryError):
+        raise
+    except Exception as error:
+        yield unforeseen(error, name)
+        return
     while True:
         try:
             yield next(logs)
         except StopIteration:
             return
-        except UsageError:
+        except (UsageError, MemoryError):
             raise
-        except WmError as error:
-            yield error
+        except Exception as error:
+            yield error if isinstance(error, WmError) else unforeseen(error, name)
+            if isinstance(logs, GeneratorType):
+                why = f"{name} opens logs in a generator, which an error ends; those behind it are left out"
+                yield RecordError(f"{one_line(path)}: {why}; let its open_logs give map(open_one, sources)")
+
+
+def unforeseen(error: Exception, dataset: str) -> RecordError:
+    """An error that the adapter of a dataset did not foresee, in one line with the place; its cause is the error."""
+    steps = [(frame.f_globals.get("__name__"), frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    name = getattr(adapters().get(dataset), "__name__", None)
+    own = [step for step in steps if step[0] == name]
+    _, file, line = (own or steps)[-1]
+    found = RecordError(f"{type(error).__name__}: {one_line(error, 200)} {'in the adapter ' if own else ''}at {Path(file).name}:{line}")
+    found.__cause__ = error
+    return found
 
 
 def in_order(stamps_ns: Sequence[int], items: Sequence[Item], sensor: str, counts: Counter[str]) -> tuple[NDArray[Any], list[Item]]:

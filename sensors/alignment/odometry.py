@@ -248,9 +248,10 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
                 # in the sensor's expected frame: small numbers, and the start is the identity
                 here = transform_points(inverse(pose), np.concatenate(near))
                 here = here[(np.abs(here) < MAX_RANGE_M + 20).all(1)]
-                planes, ahead = Planes(here), np.eye(4)
-                offset = ahead
-                found, matched, _ = register(cloud, planes, ahead)
+                planes = Planes(here)
+                still: Array = np.eye(4)
+                offset = still
+                found, matched, _ = register(cloud, planes, still)
                 if len(poses) > 1:
                     steady = inverse(pose) @ _steady(poses[-2:], stamps[[*indices[-2:], index]])
                     if np.linalg.norm(steady[:3, 3]) > STEPS_APART_M:
@@ -259,7 +260,7 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
                             found, matched, offset = other, more, steady
                 if matched >= min(MIN_MATCHED, len(cloud) // 3) and np.linalg.norm((inverse(offset) @ found)[:3, 3]) <= MAX_MOVED_M:
                     moved = pose @ found
-                    if offset is not ahead:
+                    if offset is not still:
                         log.counts[f"{lidar}: step of the {start.source} poses given up for that of a steady motion"] += 1
             if moved is None:
                 log.counts[f"{lidar}: not registered, step of the {start.source} poses kept"] += 1

@@ -61,6 +61,17 @@ def test_pillars_made_on_the_device_are_the_same(padded):
     assert (values[order] - others[other]).abs().max() < 1e-5
 
 
+ONE_BLOCK = [f"encoder.{name}=[{value}]" for name, value in (("layers", 1), ("strides", 2), ("widths", 32), ("upsample_strides", 1),
+                                                             ("upsample_widths", 16))]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", ["encoder.voxel=[0.8,0.4,6.0]", "encoder.high=[51.6,51.2,3.0]"])
+def test_cells_that_are_not_square_or_do_not_end_at_the_border_are_refused(wrong):
+    with pytest.raises(UsageError, match=r"encoder\.voxel: .* have to be square"):
+        build_encoder(load_config("default", [*ONE_BLOCK, wrong]).encoder)
+    build_encoder(load_config("default", ONE_BLOCK).encoder)
+
+
 def test_names_and_shapes_are_openpcdets():
     """Counted from OpenPCDet's kitti_models/pointpillar.yaml: 6 tensors of the VFE, 114 of the backbone, 4,806,400 + 896 parameters."""
     encoder = build_encoder(load_config("openpcdet_kitti").encoder)

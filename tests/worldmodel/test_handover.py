@@ -9,9 +9,10 @@ import torch
 
 import worldmodel
 from sensors.clips import clips_of
-from sensors.errors import WmError
+from sensors.errors import UsageError, WmError
 from sensors.rays import history_of, rays_of
-from worldmodel import finetune, probe
+from sensors.records import Labels
+from worldmodel import finetune, probe, rundir
 from worldmodel.export.verify import export, verify
 from worldmodel.tools.cli import main
 
@@ -218,6 +219,47 @@ def test_the_probe_compares_with_an_untrained_network_and_raw_input(run, parts, 
     assert {r["features"] for r in rows} == {"latent", "state", "random", "raw"} and {r["task"] for r in rows} == set(probe.TASKS)
     occupied = {r["features"]: r["ap"] for r in rows if r["task"] == "occupied"}
     assert occupied["raw"] > 0.5
+
+
+def with_boxes(part, keep):
+    labels = part.log.open_labels()
+    boxes = tuple(box for box in labels.boxes if keep(box.stamp_ns))
+    return dataclasses.replace(part, log=dataclasses.replace(part.log, open_labels=lambda: Labels(boxes, labels.categories)))
+
+
+def test_the_probe_looks_at_instants_that_have_boxes_and_says_where_there_is_nothing_to_find(trained, parts):
+    key = {int(part.log.sweep_stamps_ns[part.log.reference_lidar][5]) for part in parts}  # one keyframe a log, on no grid that starts at a full past
+    rows = probe.probe(trained, [with_boxes(part, key.__contains__) for part in parts])
+    assert {r["clips"] for r in rows} == {len(parts)} and all(r["positives"] > 0 for r in rows if r["task"] == "vehicle")
+    rows = probe.probe(trained, [with_boxes(parts[0], lambda stamp: True), *(with_boxes(part, lambda stamp: False) for part in parts[1:])])
+    assert rows == [] or all(r["ap"] is None or np.isfinite(r["ap"]) for r in rows)
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_past_unlike_that_of_training_is_refused(trained, parts):
+    for past, rate_hz, words in ((3, 5.0, "3 past sweeps"), (5, 2.5, "5 past sweeps 0.40 s apart")):
+        clip = clips_of(parts[0].log, past=past, future=1, rate_hz=rate_hz)[0]
+        history = history_of(clip)
+        with pytest.raises(UsageError, match=rf"{words}.*learned from 5 that are 0\.20 s apart"):
+            trained.mixtures(clip, history, [rays_of(clip, clip.future[0], 50)])
+
+
+@pytest.mark.parametrize("licences, binds", [
+    (["CC0-1.0", "CC-BY-4.0"], "CC-BY-4.0"), (["CC-BY-SA-4.0", "CC BY-NC-SA 3.0", "CC-BY-4.0"], "CC BY-NC-SA 3.0"), ([], "none"),
+    (["CC-BY-4.0", "Apache-2.0"], "CC-BY-4.0"), (["ACME internal use only", "CC0-1.0"], "ACME internal use only"),
+    (["Open Data LICENCE of Acme", "CC-BY-4.0"], "Open Data LICENCE of Acme"), (["unknown", "CC BY-NC-SA 4.0", "b"], "b; unknown; CC BY-NC-SA 4.0"),
+])  # fmt: skip
+def test_the_licence_that_binds_hardest(licences, binds):
+    assert rundir.strictest(licences) == binds
+
+
+def test_data_without_labels_are_named(run, parts):
+    with pytest.raises(WmError, match="no log of the test data has labels"):
+        finetune.finetune(run, parts[:3], [with_no_labels(part) for part in parts[3:]], plan=finetune.Plan(most_steps=1, threads=1))
+
+
+def with_no_labels(part):
+    return dataclasses.replace(part, log=dataclasses.replace(part.log, open_labels=lambda: None))
 
 
 def test_average_precision_by_hand():

@@ -98,6 +98,48 @@ def test_each_thing_a_resume_restores_is_needed(parts, tmp_path, run, monkeypatc
     assert digest(broken)[0] != digest(run)[0]
 
 
+def test_resuming_on_other_data_is_refused(store, run, parts, tmp_path, capsys):
+    import shutil
+
+    from worldmodel.tools.cli import main
+
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "fewer.yaml").write_text("\n".join(f"- {{store: {store}, log: {part.log.id}}}" for part in parts[1:]))
+    assert main(["pretrain", "--resume", str(tmp_path / "run"), "--data", str(tmp_path / "fewer.yaml")]) == 2
+    assert "began with other data (5 parts then, 4 now)" in capsys.readouterr().err
+    rundir.check_same_data(run, parts)
+    with pytest.raises(UsageError, match=rf"{parts[2].log.id} is not as it was"):
+        rundir.check_same_data(run, [dataclasses.replace(part, weight=2.0) if part is parts[2] else part for part in parts])
+
+
+def test_checkpoints_beyond_a_million_steps_are_the_newest(run, tmp_path):
+    import shutil
+
+    for step in (999_000, 999_500, 1_000_000, 1_000_500):
+        shutil.copytree(run / "checkpoints" / "step_000008", tmp_path / "checkpoints" / f"step_{step:06d}")
+    (tmp_path / "checkpoints" / "step_1000500" / "model.safetensors").write_bytes(b"")
+    checkpoint._drop_old(tmp_path / "checkpoints")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_1000000", "step_1000500", "step_999500"]
+    found, bad = checkpoint.latest_whole(tmp_path)
+    assert found.step == 8 and len(bad) == 1 and "step_1000500" in bad[0]
+
+
+def test_clips_come_in_endless_epochs_and_each_rank_prepares_what_it_is_asked_first(parts):
+    config = tiny("train.cache_gb=8")
+    clips, _ = pretrain.clips_of_parts(parts, config)
+    weights = np.linspace(0.3, 2.2, len(clips))
+    source = pretrain.Source(clips, weights, config, rank=1, world=3)
+    whole = [(epoch, index) for epoch in range(40) for index in source.order(epoch).tolist()]
+    fresh = pretrain.Source(clips, weights, config)
+    positions = np.random.default_rng(0).integers(0, len(whole), 300).tolist()
+    assert [fresh.at(position) for position in positions] == [whole[position] for position in positions]
+    assert len(fresh.orders) <= pretrain.ORDERS_KEPT
+    source.fill()
+    slots = len(source.roles)
+    asked = {index for position, (epoch, index) in enumerate(whole) if epoch == 0 and position // slots % 3 == 1}
+    assert set(source.kept) == asked and source.bytes == sum(kept.nbytes for kept in source.kept.values())
+
+
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(parts, tmp_path, run):
     import shutil
 
@@ -189,7 +231,24 @@ def test_a_device_that_is_not_there_is_a_question_of_usage(run, store, tmp_path,
 LEAVES_NO_THREAD = """
 import atexit, os, sys
 from pathlib import Path
+import numpy as np
+from worldmodel import pretrain
 from worldmodel.tools.cli import main
+
+# the clock of the second process is ahead of the first one's, and what each has learned in the end is kept
+rank, seconds, average = int(os.environ["RANK"]), [0.0], pretrain._average_gradients
+
+def averaged(model, world):
+    seconds[0] += (0.25, 0.4)[rank]
+    average(model, world)
+
+class Kept(pretrain.WorldModel):
+    def __init__(self, config):
+        super().__init__(config)
+        atexit.register(lambda: np.savez(f"rank{rank}.npz", **{name: p.detach().numpy() for name, p in self.named_parameters()}))
+
+pretrain._average_gradients, pretrain.WorldModel = averaged, Kept
+pretrain.time = type("Clock", (), {"monotonic": staticmethod(lambda: seconds[0])})
 
 def leave():
     left = [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
@@ -206,12 +265,14 @@ def test_two_processes_train_as_one(store, tmp_path):
     run, program = tmp_path / "run", tmp_path / "program.py"
     program.write_text(LEAVES_NO_THREAD)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    changes = ["train.steps=3", "train.threads=1", "train.clips=1"]
+    changes = ["train.steps=3", "train.seconds=1", "train.threads=1", "train.clips=1", "train.warmup=0"]
     command = [*launch, "pretrain", "--config", "tiny", "--data", str(store), "-o", str(run), "--device", "cpu", "--set", *changes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert checkpoint.load(run, "latest").step == 3
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    one, other = (np.load(tmp_path / f"rank{rank}.npz") for rank in range(2))
+    assert len(one.files) > 40 and all(np.array_equal(one[name], other[name]) for name in one.files)  # the rate follows one clock
 
 
 def test_collapse_is_seen(parts, tmp_path):

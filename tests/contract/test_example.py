@@ -1,0 +1,128 @@
+"""The adapter that docs/ADAPTERS.md shows, on what fleets have lying about. `tests/test_readme.py` runs the contract on it."""
+
+import errno
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from sensors.adapters import base
+from sensors.adapters.base import guess, open_source
+from sensors.ingest import ingest
+from sensors.records import Log
+
+PAGE = Path(__file__).parents[2] / "docs" / "ADAPTERS.md"
+
+
+@pytest.fixture
+def fleet(tmp_path, monkeypatch):
+    """The example, announced as another distribution would."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "fleet.py").write_text(block)
+    spec = importlib.util.spec_from_file_location("fleet", tmp_path / "fleet.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fleet", module)
+    spec.loader.exec_module(module)
+    entry = type("Entry", (), {"name": "fleet", "load": staticmethod(lambda: module)})
+    monkeypatch.setattr(base, "entry_points", lambda group: [entry])
+    return module
+
+
+@pytest.fixture
+def drives(fleet, tmp_path):
+    """A folder with drive-1 and drive-2."""
+    (tmp_path / "raw").mkdir()
+    root = fleet.write_sample(tmp_path / "raw")
+    (root / "drive-1").rename(root / "drive-2")
+    return fleet.write_sample(root)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("poses.csv", "1000,east,0,0,1,0,0,0"),
+        ("poses.csv", "1000,0,0,0,1,0,0,0,0"),
+        ("poses.csv", "1000,nan,0,0,1,0,0,0"),
+        ("poses.csv", "1000,,,,,,,"),
+        ("poses.csv", "-1,0,0,0,1,0,0,0"),
+        ("sweeps.csv", "9" * 30 + ",0.bin"),
+        ("sweeps.csv", "1e9,0.bin"),
+        ("sweeps.csv", "1000"),
+    ],
+)
+def test_a_line_that_is_no_number_costs_its_drive_by_name(drives, file, line):
+    with open(drives / "drive-1" / file, "a") as out:
+        out.write(f"{line}\n")
+    error, healthy = open_source(drives, "fleet")
+    assert str(error).startswith("fleet/drive-1: ") and "Error: " not in str(error) and "\n" not in str(error)
+    assert healthy.id == "fleet/drive-2"
+
+
+def test_names_of_files_may_hold_spaces_and_commas(drives, tmp_path):
+    one = drives / "drive-1"
+    (one / "0.bin").rename(one / "turn 0, north.bin")
+    (one / "sweeps.csv").write_text("1000,turn 0, north.bin\r\n\r\n2000,2.bin\r\n")
+    log = next(open_source(drives, "fleet"))
+    assert log.sweep_stamps_ns["top"].tolist() == [1000, 2000] and len(log.read_sweep("top", 0).points) == 480
+    assert one / "turn 0, north.bin" in log.files and one / "poses.csv" in log.files
+
+
+def test_a_folder_that_may_not_be_looked_into_is_told_and_hides_no_other(drives, monkeypatch):
+    (drives / "drive-0").mkdir()
+    for name in ("stat", "open", "listdir", "scandir"):  # root, who may run this, can read every one
+        real = getattr(os, name)
+
+        def locked(path, *args, real=real, **more):
+            if not isinstance(path, int) and "drive-0/" in os.fspath(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            return real(path, *args, **more)
+
+        monkeypatch.setattr(os, name, locked)
+    assert guess(drives) == "fleet"
+    error, *healthy = open_source(drives, "fleet")
+    assert str(error).startswith("fleet/drive-0: sweeps.csv: Permission denied") and [log.id for log in healthy] == ["fleet/drive-1", "fleet/drive-2"]
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_fleet(fleet, tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    monkeypatch.setattr(Path, "is_file", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    assert fleet.recognise(tmp_path) == 0
+
+
+def test_what_it_did_not_foresee_is_told_with_its_line(fleet, drives, tmp_path, monkeypatch):
+    real = fleet._Drive._poses
+    monkeypatch.setattr(fleet._Drive, "_poses", lambda self, counts: real(self, None if self.drive.name == "drive-1" else counts))
+    found = ingest([drives], tmp_path / "s")
+    assert (found.stored, found.quarantined, found.logs) == (1, 1, ("fleet/drive-2",))
+    assert re.match(r"TypeError: .* in the adapter at fleet\.py:\d+$", found.reasons[0].reason)
+
+
+def test_a_source_that_cannot_be_opened_costs_no_other_source(fleet, drives, tmp_path, monkeypatch):
+    real = fleet.open_logs
+    monkeypatch.setattr(fleet, "open_logs", lambda path, options: real(path if path.name != "bad" else None, options))
+    (tmp_path / "bad").mkdir()
+    found = ingest([tmp_path / "bad", drives], tmp_path / "s", dataset="fleet")
+    assert (found.stored, found.quarantined) == (2, 1) and found.reasons[0].log == "bad#0"
+
+
+def test_a_generator_says_that_it_ends_with_its_first_error(fleet, drives, monkeypatch):
+    def generator(path, options):
+        yield fleet._open(drives / "drive-2")
+        raise ValueError("no number")
+
+    monkeypatch.setattr(fleet, "open_logs", generator)
+    log, error, end = open_source(drives, "fleet")
+    assert isinstance(log, Log) and str(error).startswith("ValueError: no number") and "let its open_logs give map" in str(end)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_a_drive_ends_the_reading(fleet, drives, monkeypatch, error):
+    def ends(drive):
+        raise error
+
+    monkeypatch.setattr(fleet, "_open", ends)
+    with pytest.raises(error):
+        list(open_source(drives, "fleet"))
