@@ -25,7 +25,7 @@ from worldmodel.drawing.check_page import Checked, check_page, overlay_image
 from worldmodel.tools.cli import main
 
 HOSTILE = "<script>alert(1)</script>\" onerror=alert(2) ']]> javascript:alert(3) {{7*7}} \u2028[x](javascript:1) \x1b[31m"
-STAMPS = 10**9 + 10**8 * np.arange(15, dtype=np.int64)
+STAMPS = 10**9 + 10**8 * np.arange(20, dtype=np.int64)
 FORWARD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 
 
@@ -113,7 +113,8 @@ def test_hostile_names_stay_text(poses):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
 def test_a_browser_runs_nothing_of_it(tmp_path):
     """The page's title would be changed by any script that ran."""
-    page = check_page(HOSTILE, [checked(street_log("made/x", HOSTILE, HOSTILE + "2", HOSTILE))], [HOSTILE.replace("alert(1)", "document.title='run'")])
+    page = check_page(HOSTILE, [checked(street_log("made/x", HOSTILE, HOSTILE + "2", HOSTILE))],
+                      [HOSTILE.replace("alert(1)", "document.title='run'")])  # fmt: skip
     (tmp_path / "x.html").write_text(page, encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom", str(tmp_path / "x.html")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -503,6 +503,11 @@ def test_the_commands_say_what_happened(tmp_path, raw, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["store"] and len(found["logs"]) == 3 and found["logs"][0]["sensors"]["velodyne"]["count"] == 3
     assert found["logs"][0]["quarantined"][0]["sensor"] == "velodyne" and found["logs"][1]["pose_source"] == "gnss"
+    (pack,) = (tmp_path / "s").glob("**/*0001_sync/**/frames.parquet")
+    pack.write_bytes(pack.read_bytes()[:-9])
+    assert cli.main(["info", str(tmp_path / "s"), "--json"]) == 1
+    found_torn = json.loads(capsys.readouterr().out)
+    assert len(found_torn["logs"]) == 2 and len(found_torn["problems"]) == 1 and "0001_sync" in found_torn["problems"][0]
     assert cli.main(["info", str(raw), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["store"] and found["logs"][0]["sensors"]["velodyne"]["count"] == 4

@@ -1,5 +1,6 @@
 """KITTI raw: what its files leave open, what real drives say, and what hostile ones may not do."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -14,7 +15,7 @@ from sensors.adapters.base import open_source
 from sensors.errors import UsageError, WmError
 from sensors.formats.images import decode
 from sensors.geometry import inverse, pose_at, project, rotation_z, transform_points
-from sensors.records import Log, RecordError, Sweep
+from sensors.records import Log, RecordError, Sweep, Trajectory
 
 
 def open_one(path):
@@ -365,6 +366,16 @@ def test_boxes_of_drive_0005_hold_points_and_move_as_people_do():
     assert 2 < np.median([np.hypot(*box.velocity) for box in cyclist]) < 7
     ahead = [np.cos(np.arctan2(box.velocity[1], box.velocity[0]) - box.yaw_rad) for box in cyclist]
     assert np.median(ahead) > 0.9  # it rides where it faces
+
+
+def test_boxes_beyond_the_poses_are_kept_without_velocity():
+    log = real("0005")
+    reader = log.open_labels.__self__
+    end = len(log.poses.stamps_ns) - 20
+    reader.log = dataclasses.replace(log, poses=Trajectory(log.poses.stamps_ns[:end], log.poses.world_from_ego[:end], "gnss"))
+    boxes = reader.open_labels().boxes
+    beyond = [box for box in boxes if box.stamp_ns > log.poses.stamps_ns[end - 1] + 10**8]
+    assert len(boxes) == 377 and beyond and all(box.velocity is None for box in beyond) and any(box.velocity is not None for box in boxes)
 
 
 def test_poses_of_drive_0005_keep_a_parked_van_in_its_place():

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sensors.errors import one_line
+    from sensors.errors import Interrupted, WmError, one_line
     from sensors.store.format import STORE_FILE
     from worldmodel.tools.terminal import print_json, print_references, print_table
 
@@ -36,7 +36,14 @@ def run(args: argparse.Namespace) -> int:
         for log_id in store.ids:
             manifest = store.manifest(log_id)
             facts = {key: manifest[key] for key in ("generation", "quarantined", "source", "options")}
-            logs.append(_facts(store.open_log(log_id)) | facts | {"bytes": sum(row["bytes"] for row in manifest["files"])})
+            try:
+                opened = store.open_log(log_id)
+            except Interrupted:
+                raise
+            except WmError as error:
+                problems.append(one_line(error))
+                continue
+            logs.append(_facts(opened) | facts | {"bytes": sum(row["bytes"] for row in manifest["files"])})
     else:
         for entry in _raw(args.path, args.dataset):
             if isinstance(entry, str):

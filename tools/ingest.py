@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{seen} sweeps and images seen = {found.items} stored + {found.items_quarantined} quarantined; {found.bytes / 1e6:.1f} MB")
     print_references(found.references)
     for row in found.reasons[:20]:
-        where = row.log if row.sensor is None else f"{row.log}, {row.sensor} at {row.stamp_ns}"
+        where = row.log if row.sensor is None else f"{row.log}, {row.sensor}" + (f" at {row.stamp_ns}" if row.stamp_ns is not None else "")
         print(f"quarantined: {one_line(where, 160)}: {one_line(row.reason)}")
     if len(found.reasons) > 20:
         print(f"and {len(found.reasons) - 20} more; --json prints all")

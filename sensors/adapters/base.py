@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sensors.errors import UsageError, WmError, one_line
+from sensors.errors import Interrupted, UsageError, WmError, one_line
 from sensors.records import Log, RecordError, checked_array
 
 Item = TypeVar("Item")
@@ -81,7 +81,7 @@ def open_source(path: Path, dataset: str | None = None, options: Mapping[str, st
             yield next(logs)
         except StopIteration:
             return
-        except (UsageError, MemoryError):
+        except (UsageError, Interrupted, MemoryError):
             raise
         except Exception as error:
             yield error if isinstance(error, WmError) else unforeseen(error, name)

@@ -329,6 +329,12 @@ class _Drive:
                 yield from track
                 continue
             stamps = np.array([box.stamp_ns for box in track])
+            known = self.log.poses.covers(stamps)  # packets may end before the labels do
+            yield from (box for box, posed in zip(track, known, strict=True) if not posed)
+            track = [box for box, posed in zip(track, known, strict=True) if posed]
+            if not track:
+                continue
+            stamps = stamps[known]
             world_from_ego = pose_at(self.log.poses, stamps)
             place = np.einsum("nij,nj->ni", world_from_ego[:, :3, :3], [box.centre for box in track]) + world_from_ego[:, :3, 3]
             for i, box in enumerate(track):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sensors.alignment.deskew import deskew
 from sensors.alignment.odometry import register
 from sensors.clips import nearest_index
-from sensors.errors import WmError
+from sensors.errors import Interrupted, WmError
 from sensors.geometry import inverse, pose_at, transform_points
 from sensors.kernels.nearest import nearest
 from sensors.kernels.registration import Planes, thinned
@@ -37,12 +37,16 @@ MIN_MATCHED = 500
 FAR_M = 200.0
 # what makes a warning
 MOVED_M, THIN_SHARE, COVERAGE_SHARE = 0.10, 0.5, 0.8
+TILTED_DEG = 10.0
+# where ground is looked for, and how far below the LiDAR an encoder that sees from -3 m on (the default) still has it
+AROUND_M, DEEPEST_M = (5.0, 20.0), -2.7
 
 
 @dataclass(frozen=True, eq=False)
 class SweepSamples:
     """Sampled sweeps of one LiDAR: stamps_ns (N,), points (N,) i64 per sweep, azimuth (N,) share of the directions around the sensor that
-    hold a return, time_per_point and rings: whether sweeps have them; unreadable: how many of the samples could not be read."""
+    hold a return, time_per_point and rings: whether sweeps have them; unreadable: how many of the samples could not be read; ground_m (N,): how
+    high low points around the vehicle lie in the LiDAR's frame (NaN where there are none)."""
 
     stamps_ns: Array
     points: Array
@@ -51,6 +55,7 @@ class SweepSamples:
     rings: bool
     deskewed: bool
     unreadable: int
+    ground_m: Array
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Survey:
             name: {
                 "sampled": len(s.stamps_ns), "unreadable": s.unreadable, "points_median": float(np.median(s.points)) if len(s.points) else None,
                 "points_min": int(s.points.min()) if len(s.points) else None, "time_per_point": s.time_per_point, "rings": s.rings,
-                "deskewed": s.deskewed,
+                "deskewed": s.deskewed, "ground_m": float(np.nanmedian(s.ground_m)) if np.isfinite(s.ground_m).any() else None,
             }
             for name, s in self.sweeps.items()
         }  # fmt: skip
@@ -98,11 +103,11 @@ def survey(log: Log, report: Callable[[int, int, str], None] | None = None) -> S
     """Reads at most SWEEPS sweeps of each LiDAR, and PAIRS pairs of the reference's. An unreadable payload is counted, not raised."""
     sweeps = {name: _samples(log, name, report) for name in sorted(log.lidars)}
     pairs = _pairs(log, report) if log.lidars and log.poses is not None else ()
-    return Survey(sweeps, pairs, tuple(_warnings(sweeps, pairs)))
+    return Survey(sweeps, pairs, tuple(_mounting(log, sweeps) + _warnings(sweeps, pairs)))
 
 
 def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | None) -> SweepSamples:
-    stamps, points, azimuth = [], [], []
+    stamps, points, azimuth, ground_m = [], [], [], []
     times, rings, deskewed, unreadable = True, True, True, 0
     wanted = spread(len(log.sweep_stamps_ns[lidar]), SWEEPS)
     for done, index in enumerate(wanted):
@@ -110,6 +115,8 @@ def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | Non
             report(done, len(wanted), lidar)
         try:
             sweep = log.read_sweep(lidar, int(index))
+        except Interrupted:
+            raise
         except WmError:
             unreadable += 1
             continue
@@ -117,11 +124,15 @@ def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | Non
         points.append(len(sweep.points))
         bins = np.floor((np.arctan2(sweep.points[:, 1], sweep.points[:, 0]) + np.pi) / (2 * np.pi) * AZIMUTH_BINS).astype(np.int64)
         azimuth.append(len(np.unique(np.clip(bins, 0, AZIMUTH_BINS - 1))) / AZIMUTH_BINS)
+        away = np.hypot(sweep.points[:, 0], sweep.points[:, 1])
+        around = sweep.points[(away > AROUND_M[0]) & (away < AROUND_M[1]), 2]
+        ground_m.append(float(np.percentile(around, 5)) if len(around) else np.nan)
         times, rings, deskewed = times and sweep.time_ns is not None, rings and sweep.ring is not None, deskewed and sweep.deskewed
     some = bool(stamps)
     return SweepSamples(
-        np.array(stamps, np.int64), np.array(points, np.int64), np.array(azimuth), some and times, some and rings, some and deskewed, unreadable
-    )
+        np.array(stamps, np.int64), np.array(points, np.int64), np.array(azimuth), some and times, some and rings, some and deskewed, unreadable,
+        np.array(ground_m),
+    )  # fmt: skip
 
 
 def cloud_in_ego(log: Log, lidar: str, index: int) -> Array:
@@ -164,6 +175,8 @@ def _pairs(log: Log, report: Callable[[int, int, str], None] | None) -> tuple[Pa
             report(done, len(wanted), "poses")
         try:
             first, second = (cloud_in_ego(log, lidar, index) for index in (earlier, later))
+        except Interrupted:
+            raise
         except WmError:
             continue
         if not (len(first) and len(second)):
@@ -192,6 +205,21 @@ def _pairs(log: Log, report: Callable[[int, int, str], None] | None) -> tuple[Pa
 def _distance(target: Planes, points: Array, target_from_points: Array) -> float:
     away, _ = nearest(transform_points(target_from_points, points).astype(np.float32), target.points.astype(np.float32))
     return float(np.median(away))
+
+
+def _mounting(log: Log, sweeps: dict[str, SweepSamples]) -> list[str]:
+    """Warnings on a LiDAR whose own frame is not that of one on a car's roof, which is what encoders are made for."""
+    out = []
+    for name, s in sweeps.items():
+        tilt_deg = float(np.rad2deg(np.arccos(np.clip(log.lidars[name].ego_from_lidar[2, 2], -1, 1))))
+        if tilt_deg > TILTED_DEG:
+            out.append(f"{name}: mounted {tilt_deg:.0f} degrees from upright, its frame too; encoders expect z up: turn points and ego_from_lidar "
+                       "in the adapter")  # fmt: skip
+        elif np.isfinite(s.ground_m).any() and (ground_m := float(np.nanmedian(s.ground_m))) < DEEPEST_M:
+            low, high = round(ground_m - 1.5), round(ground_m - 1.5) + 6
+            out.append(f"{name}: the ground lies {-ground_m:.1f} m below it, the default encoder sees from 3 m below to 3 m above; pretrain with "
+                       f"--set encoder.low=[-51.2,-51.2,{low}] encoder.high=[51.2,51.2,{high}]")  # fmt: skip
+    return out
 
 
 def _warnings(sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...]) -> list[str]:

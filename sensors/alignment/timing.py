@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sensors.clips import nearest_index
+from sensors.clips import TOLERANCE, nearest_index
 from sensors.records import Log
 
 Array = NDArray[Any]
@@ -143,13 +143,18 @@ def _sensor(name: str, kind: str, stamps: Array, nominal_hz: float, reference: A
     )  # fmt: skip
 
 
-def _window_speed(stamps: Array, along: Array, at: Array) -> Array:
-    """Mean rate of change of along (N,) over SPEED_WINDOW_S around each instant (M,), the window cut at the ends."""
+def _window_speed(stamps: Array, place: Array, at: Array) -> Array:
+    """How far place (N,K) moves over SPEED_WINDOW_S around each instant (M,), the window cut at the ends, by its length. Not the way: that
+    grows with the noise of every step, and a vehicle at rest would move."""
     half = int(SPEED_WINDOW_S * 5e8)
     low, high = np.maximum(at - half, stamps[0]), np.minimum(at + half, stamps[-1])
-    zero = stamps[0]
-    moved = np.interp(high - zero, stamps - zero, along) - np.interp(low - zero, stamps - zero, along)
+    moved = np.linalg.norm(_placed(stamps, place, high) - _placed(stamps, place, low), axis=1)
     return np.divide(moved, (high - low) / 1e9, out=np.full(len(at), np.nan), where=high > low)
+
+
+def _placed(stamps: Array, place: Array, at: Array) -> Array:
+    """place (N,K) at the instants (M,), between the stamps in straight lines."""
+    return np.stack([np.interp(at - stamps[0], stamps - stamps[0], axis) for axis in place.T], 1)
 
 
 def _poses(log: Log, reference: Array | None) -> PoseTiming | None:
@@ -157,21 +162,22 @@ def _poses(log: Log, reference: Array | None) -> PoseTiming | None:
         return None
     stamps, place = log.poses.stamps_ns, log.poses.world_from_ego[:, :3, 3]
     steps = np.diff(stamps) / 1e9
-    along = np.concatenate(([0.0], np.cumsum(np.linalg.norm(np.diff(place, axis=0), axis=1))))
+    every = np.append(np.arange(stamps[0], stamps[-1], int(SPEED_WINDOW_S * 1e9)), stamps[-1])
+    distance_m = float(np.linalg.norm(np.diff(_placed(stamps, place, every), axis=0), axis=1).sum())
     covered = 1.0
     if reference is not None and len(reference):
         covered = float(((reference >= stamps[0] - 10**8) & (reference <= stamps[-1] + 10**8)).mean())
     at = stamps if len(stamps) > 1 else stamps[:0]
-    speed = _window_speed(stamps, along, at)
+    speed = _window_speed(stamps, place, at)
     measured = np.full(len(at), np.nan)
     if log.measured_speed is not None and len(log.measured_speed[0]) > 1 and len(at):
         known, forward = (np.asarray(a) for a in log.measured_speed)
         way = np.concatenate(([0.0], np.cumsum(0.5 * (forward[1:] + forward[:-1]) * np.diff(known) / 1e9)))
         inside = (at >= known[0]) & (at <= known[-1])
-        measured[inside] = np.abs(_window_speed(known, way, at[inside]))
+        measured[inside] = _window_speed(known, way[:, None], at[inside])
     return PoseTiming(
         log.poses.source, len(stamps), float(np.median(steps)) if len(steps) else None, float(steps.max()) if len(steps) else None,
-        covered, float(along[-1]), at, speed, measured,
+        covered, distance_m, at, speed, measured,
     )  # fmt: skip
 
 
@@ -193,13 +199,22 @@ def _gap_warning(sensor: SensorTiming) -> str:
     )
 
 
+def _short_warning(lidar: SensorTiming) -> str | None:
+    """That no clip fits from the first sweep to the last."""
+    seconds = (lidar.last_ns - lidar.first_ns) / 1e9 if lidar.first_ns is not None and lidar.last_ns is not None else 0.0
+    needed_s = (CLIP_FRAMES[-1] - CLIP_FRAMES[0]) / CLIP_HZ
+    if seconds >= needed_s - TOLERANCE / lidar.nominal_hz:
+        return None
+    return f"{lidar.name}: {seconds:.1f} s of sweeps; clips of {needed_s:g} s are cut, so this log gives none"
+
+
 def _slow_warning(lidar: SensorTiming) -> str | None:
     """That no clip fits: of sweeps so far apart, the nearest ones to a clip's instants are the same twice, or too far from one."""
     if lidar.median_step_s is None or lidar.median_step_s <= 1 / CLIP_HZ:
         return None
     wanted_s = CLIP_FRAMES / CLIP_HZ
     nearest = np.round(wanted_s / lidar.median_step_s)
-    if len(set(nearest)) == len(nearest) and (np.abs(nearest * lidar.median_step_s - wanted_s) <= 0.5 / lidar.nominal_hz).all():
+    if len(set(nearest)) == len(nearest) and (np.abs(nearest * lidar.median_step_s - wanted_s) <= TOLERANCE / lidar.nominal_hz).all():
         return None
     rate_hz = 1 / lidar.median_step_s
     return (
@@ -220,8 +235,8 @@ def _warnings(log: Log, sensors: tuple[SensorTiming, ...], poses: PoseTiming | N
             continue
         if sensor.gaps_total:
             out.append(_gap_warning(sensor))
-        if reference is not None and sensor.name == log.reference_lidar and (slow := _slow_warning(sensor)):
-            out.append(slow)
+        if reference is not None and sensor.name == log.reference_lidar:
+            out += [line for line in (_short_warning(sensor), _slow_warning(sensor)) if line is not None]
         if sensor.rate_hz is not None and sensor.median_step_s is not None and not 0.8 < sensor.median_step_s * sensor.nominal_hz < 1.25:
             out.append(f"{sensor.name}: {1 / sensor.median_step_s:.2f} Hz where {sensor.nominal_hz:.2f} Hz is nominal; check the unit of the stamps")
         if reference is not None and sensor.first_ns is not None and sensor.last_ns is not None:

@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from sensors.alignment.survey import pair_indices, spread, survey
 from sensors.geometry import from_rotation_translation
 from tests.alignment.conftest import make_log, trajectory_of
+from worldmodel.config import load_config
 
 
 def with_poses(log, speed_error=0.0):
@@ -55,6 +57,31 @@ def test_unreadable_and_thin_sweeps_are_told():
     assert any("less of the surroundings" in line for line in found.warnings)
     assert found.pairs == ()
     assert found.as_json()["sweeps"]["top"]["unreadable"] == 1
+
+
+@pytest.mark.parametrize(("roll_deg", "pitch_deg", "words"), [(0, 0, None), (180, 0, "180 degrees"), (0, 30, "30 degrees"), (0, 5, None)])
+def test_a_lidar_that_is_not_mounted_upright_is_told(roll_deg, pitch_deg, words):
+    log = make_log(3)
+    lidar = log.lidars["top"]
+    turn = Rotation.from_euler("xyz", (roll_deg, pitch_deg, 0), degrees=True).as_matrix()
+    tilted = dataclasses.replace(lidar, ego_from_lidar=lidar.ego_from_lidar @ from_rotation_translation(turn, (0, 0, 0)))
+    found = survey(dataclasses.replace(log, lidars={"top": tilted})).warnings
+    assert found == () if words is None else len(found) == 1 and words in found[0]
+
+
+def test_a_lidar_higher_than_the_encoder_looks_is_told_with_what_to_set():
+    log = make_log(3)
+
+    def lifted(lidar, index):
+        sweep = log.read_sweep(lidar, index)
+        return dataclasses.replace(sweep, points=sweep.points - np.float32([0, 0, 2]))
+
+    found = survey(dataclasses.replace(log, read_sweep=lifted))
+    assert found.as_json()["sweeps"]["top"]["ground_m"] == pytest.approx(-3.7, abs=0.1)
+    (line,) = found.warnings
+    assert "3.7 m below" in line
+    bounds = load_config("default", line.partition("--set ")[2].split()).encoder
+    assert bounds.low[2] < -4 and bounds.high[2] - bounds.low[2] == 6
 
 
 def test_what_points_carry_is_reported():

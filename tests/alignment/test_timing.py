@@ -40,6 +40,24 @@ def test_a_log_in_order_has_nothing_to_say():
     json.dumps(report.as_json(), allow_nan=False)
 
 
+@pytest.mark.parametrize("speed", [0.0, 9.0])
+def test_noise_of_poses_is_no_speed_and_no_way(speed):
+    rng = np.random.default_rng(0)
+    stamps = START_NS + 10_000_000 * np.arange(590, dtype=np.int64)
+    poses = np.tile(np.eye(4), (len(stamps), 1, 1))
+    poses[:, 0, 3] = speed * (stamps - stamps[0]) / 1e9
+    poses[:, :2, 3] += rng.normal(0, 0.01, (len(stamps), 2))
+    report = timing(log_with(poses=Trajectory(stamps, poses), speed=(STAMPS, np.full(COUNT, speed))))
+    assert report.poses.distance_m == pytest.approx(speed * 5.9, abs=0.3)
+    assert np.abs(report.poses.speed_mps - speed).max() < 0.15 and not any("measured" in line for line in report.warnings)
+
+
+def test_a_log_too_short_for_a_clip_is_not_in_order():
+    short = log_with(sweeps=STAMPS[:18])
+    assert not clips_of(short) and any("1.7 s of sweeps; clips of 1.8 s are cut" in line for line in timing(short).warnings)
+    assert clips_of(log_with(sweeps=STAMPS[:19])) and timing(log_with(sweeps=STAMPS[:19], camera_ns=STAMPS[:19])).ok
+
+
 def test_missing_items_are_gaps():
     kept = np.delete(STAMPS, [20, 21, 22, 40])
     report = timing(log_with(sweeps=kept))
