@@ -63,17 +63,16 @@ def clips_of(
 ) -> list[Clip]:
     """The clips of a log in order: t = 0 every `every_s`, the earliest with a full past first, or at the sweeps nearest to the ascending
     instants at_ns (K,) i64; no past or future frame leaves from_ns <= stamp < to_ns, and none lies in a gap of the sweeps or of the poses. An
-    empty list where the log is too short or has no LiDAR."""
-    if not log.lidars:
+    empty list where the log is too short, has no LiDAR or no poses."""
+    if not log.lidars or log.poses is None:
         return []
     lidar = log.reference_lidar
     stamps = log.sweep_stamps_ns[lidar]
     low = stamps[0] if from_ns is None and len(stamps) else (from_ns or 0)
     high = 2**62 if to_ns is None else to_ns
     allowed = np.flatnonzero((stamps >= low) & (stamps < high))
-    if log.poses is not None:
-        slack_ns = int(0.1e9)
-        allowed = allowed[(stamps[allowed] >= log.poses.stamps_ns[0] - slack_ns) & (stamps[allowed] <= log.poses.stamps_ns[-1] + slack_ns)]
+    slack_ns = int(0.1e9)
+    allowed = allowed[(stamps[allowed] >= log.poses.stamps_ns[0] - slack_ns) & (stamps[allowed] <= log.poses.stamps_ns[-1] + slack_ns)]
     if not len(allowed):
         return []
     period_ns = 1e9 / rate_hz

@@ -287,7 +287,7 @@ def train(
     clips, weights = clips_of_parts(parts, config)
     silent = without_clips(parts, clips)
     if report and silent:
-        report(0, 0, f"{len(silent)} logs give no clip (too short, too few sweeps a second, or gaps): {one_line(', '.join(silent))}")
+        report(0, 0, f"{len(silent)} logs give no clip (too short, too few sweeps a second, gaps, or no poses): {one_line(', '.join(silent))}")
     train_rows, held_rows = split(clips, tc.validation, config.seed)
     if not train_rows:
         raise UsageError("nothing is left to train on after holding clips out; set train.validation=0 or give longer logs")
@@ -301,6 +301,7 @@ def train(
     optimizers = optimizers_of(model, model.deep, rate_of, tc.weight_decay)
     losses = objectives(config.objectives)
     first, elapsed, best, random_rank = 0, 0.0, math.inf, math.nan
+    fitted: dict[str, Any] = {"calibration": None, "share": None}  # by the newest validation
     if resume:
         newest, bad = checkpoint.latest_whole(run)
         for line in bad:
@@ -313,6 +314,7 @@ def train(
             checkpoint.restore_optimizers(optimizers, model, newest.optimizer)
             first, elapsed = newest.step, float(newest.state["elapsed_s"])
             best, random_rank = float(newest.state["best_loss"] or math.inf), float(newest.state["random_rank"] or math.nan)
+            fitted = {name: newest.state[name] for name in fitted}
     journal = Journal(run, first, enabled=rank == 0)
     autocast = torch.autocast(device.type, torch.bfloat16) if tc.autocast == "bf16" else nullcontext()
     if first == 0 and held.clips:
@@ -322,13 +324,14 @@ def train(
         _average_buffers(model, world)
         if rank:
             return
-        nonlocal best
+        nonlocal best, fitted
         is_best = measured is not None and measured["loss"] < best
         if is_best and measured is not None:
             best = measured["loss"]
+        if measured is not None:
+            fitted = {name: measured[name] for name in fitted}
         state = {"elapsed_s": elapsed, "best_loss": best if math.isfinite(best) else None, "best": is_best,
-                 "random_rank": random_rank if math.isfinite(random_rank) else None, "unreadable": source.unreadable,
-                 "calibration": measured["calibration"] if measured else None, "share": measured["share"] if measured else None}  # fmt: skip
+                 "random_rank": random_rank if math.isfinite(random_rank) else None, "unreadable": source.unreadable, **fitted}  # fmt: skip
         checkpoint.save(run, step, model, optimizers, state)
 
     with _signals() as arrived, journal:
