@@ -8,6 +8,7 @@ future: a return more than 0.5 m above the lowest one around). Average precision
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,8 +119,9 @@ def probe(trained: Trained, parts: Sequence[Part], *, most_clips: int = 60, seed
         labels = part.log.open_labels()
         if labels is None or labels.complete_fov_rad < np.pi:
             continue
-        stamps = labelled_stamps(part, labels, EVERY_S)
-        found = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, at_ns=stamps, from_ns=part.from_ns, to_ns=part.to_ns)
+        cut = partial(clips_of, part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, from_ns=part.from_ns, to_ns=part.to_ns)
+        boxed = {box.stamp_ns for box in labels.boxes}
+        found = [clip for clip in cut() if clip.stamp_ns in boxed] or cut(at_ns=labelled_stamps(part, labels, EVERY_S))  # keyframes are on no grid
         clips += [(clip, labels) for clip in found]
     if len({clip.log.id for clip, _ in clips}) < 2:
         return []
