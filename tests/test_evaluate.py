@@ -165,7 +165,7 @@ def test_moving_static_and_vacated_are_told_by_boxes_and_motion():
     log = street()
     clip = clip_of(log)
     history, movers = history_of(clip), evaluation.Movers(log)
-    assert movers.labelled(clip.stamp_ns) and not movers.labelled(clip.stamp_ns + 1)
+    assert movers.labelled(clip.stamp_ns) and not movers.labelled(log.sweep_stamps_ns["top"][-1] + 1)
     frame = clip.future[-1]
     rays = rays_of(clip, frame, None)
     masks = dict(zip(evaluation.SUBSETS, evaluation.subset_masks(clip, frame, history, rays, movers), strict=True))
@@ -250,13 +250,27 @@ def test_a_scanner_that_does_not_look_all_round_has_clips_with_nothing_in_the_se
     assert {row.n_clips for row in table if row.subset == "hidden"} < {0, 1, 2}
 
 
-def test_a_mean_is_of_all_horizons_or_left_out():
+def labelled_at(rows):
     log = street()
-    stamps = {int(s) for s in log.sweep_stamps_ns["top"][[10, 15, 20]]}  # as a keyframe every half second
-    keyframes = dataclasses.replace(log, open_labels=lambda: Labels(tuple(box for box in street().open_labels().boxes if box.stamp_ns in stamps)))
-    table = evaluate([Part(keyframes)], methods=["copy"], rays_per_sweep=1000)
-    moving = [row.horizon_s for row in table if row.subset == "moving" and row.log is None]
-    assert moving and None not in moving and pick(table, "copy").l1_mean > 0
+    stamps = {int(s) for s in log.sweep_stamps_ns["top"][rows]}
+    return dataclasses.replace(log, open_labels=lambda: Labels(tuple(box for box in street().open_labels().boxes if box.stamp_ns in stamps)))
+
+
+def test_between_keyframes_boxes_are_where_their_track_is():
+    whole, keyframes = evaluation.Movers(street()), evaluation.Movers(labelled_at([5, 10, 15, 25]))
+    stamps = street().sweep_stamps_ns["top"].tolist()
+    for row in range(5, 16):
+        for true, found in zip(whole.boxes_at(stamps[row]), keyframes.boxes_at(stamps[row]), strict=True):
+            assert found.track == true.track and found.stamp_ns == true.stamp_ns and found.yaw_rad == pytest.approx(true.yaw_rad)
+            np.testing.assert_allclose(found.centre, true.centre, atol=1e-6)
+        assert [box.track for box in keyframes.moving(stamps[row])] == ["car"]
+    assert not any(keyframes.labelled(stamps[row]) for row in (4, 16, 20, 24, 26))  # beyond them, and between two that are too far apart
+
+
+def test_a_mean_is_of_all_horizons_or_left_out():
+    table = evaluate([Part(labelled_at([10, 20]))], methods=["copy"], rays_per_sweep=1000)
+    static = [row.horizon_s for row in table if row.subset == "static" and row.log is None]
+    assert static and None not in static and pick(table, "copy").l1_mean > 0
 
 
 def test_hide_sector_takes_points_across_the_seam_behind():

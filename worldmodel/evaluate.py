@@ -7,9 +7,9 @@ asked. How answers are scored: `worldmodel.metrics`.
 
 Subsets of rays: `all`; `moving`, the true return lies in a box, grown by 0.2 m, whose speed in the world over 1 s exceeds 1 m/s; `static`,
 in no such box; `vacated`, the ray crosses the place of such a box at t = 0 on its way to the return and does not end on a mover (these
-three where boxes are complete: frames that have boxes at their stamp, within the labelled field of view); `unseen`, no reading of the past
-around the ray lies within 1 m of the truth; `range_...`, by true range. `hidden` is a pass of its own: a sector of 60 degrees is taken out of
-all past sweeps, and the rays whose return lies in it, seen from the ego at t = 0, are asked, at t = 0 too.
+three where boxes are complete: frames that have boxes at their stamp or lie between such keyframes, within the labelled field of view);
+`unseen`, no reading of the past around the ray lies within 1 m of the truth; `range_...`, by true range. `hidden` is a pass of its own: a
+sector of 60 degrees is taken out of all past sweeps, and the rays whose return lies in it, seen from the ego at t = 0, are asked, at t = 0 too.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ BANDS_M = ((0, 10), (10, 20), (20, 40), (40, 56))
 SUBSETS = ("all", "static", "moving", "vacated", "unseen", *(f"range_{low}_{high}" for low, high in BANDS_M))
 HIDDEN, SECTOR_RAD = "hidden", float(np.deg2rad(60))
 GROWN_M, MOVING_M_S, SPEED_WINDOW_S = 0.2, 1.0, 1.0
+KEYFRAMES_S = 0.6
 UNSEEN_M = 1.0
 DRAWS = 400
 
@@ -168,7 +169,8 @@ def _stride_s(log: Log) -> float:
 
 
 class Movers:
-    """The boxes of a log by stamp, and which of them move."""
+    """The boxes of a log by stamp, and which of them move. Between keyframes at most KEYFRAMES_S apart, boxes that both have are where their
+    track is then, in a straight line, as nuScenes' development kit has it."""
 
     def __init__(self, log: Log) -> None:
         try:
@@ -179,6 +181,7 @@ class Movers:
         self.fov_rad = float(labels.complete_fov_rad) if labels else 0.0
         self._boxes: dict[int, list[Box]] = {}
         self._tracks: dict[str, tuple[Array, Array]] = {}
+        self._log, self._stamps = log, np.zeros(0, np.int64)
         if labels is None or log.poses is None:
             return
         stamps = np.unique(np.array([box.stamp_ns for box in labels.boxes], np.int64))
@@ -189,12 +192,33 @@ class Movers:
             self._boxes.setdefault(box.stamp_ns, []).append(box)
             if box.stamp_ns in pose:
                 track.setdefault(box.track, []).append((box.stamp_ns, (pose[box.stamp_ns] @ np.append(box.centre, 1))[:2]))
+        self._stamps = np.array(sorted(self._boxes), np.int64)
         for name, places in track.items():
             places.sort(key=lambda place: place[0])
             self._tracks[name] = np.array([s for s, _ in places], np.int64), np.array([p for _, p in places])
 
+    def boxes_at(self, stamp_ns: int) -> list[Box]:
+        """The boxes at an instant; none where nobody labelled it."""
+        if stamp_ns in self._boxes or not len(self._stamps):
+            return self._boxes.get(stamp_ns, [])
+        right = int(np.searchsorted(self._stamps, stamp_ns))
+        ends = self._stamps[max(right - 1, 0) : right + 1].tolist()
+        if len(ends) < 2 or ends[1] - ends[0] > KEYFRAMES_S * 1e9:
+            return []
+        assert self._log.poses is not None
+        before_world, now_world, after_world = (pose_at(self._log.poses, np.array([at]), 0.1)[0] for at in (ends[0], stamp_ns, ends[1]))
+        share, later = (stamp_ns - ends[0]) / (ends[1] - ends[0]), {box.track: box for box in self._boxes[ends[1]]}
+        found = []
+        for box in self._boxes[ends[0]]:
+            if box.track in later:
+                first, last = (_moved(one, inverse(now_world) @ pose) for one, pose in ((box, before_world), (later[box.track], after_world)))
+                turn = (last.yaw_rad - first.yaw_rad + np.pi) % (2 * np.pi) - np.pi
+                centre = first.centre + share * (last.centre - first.centre)
+                found.append(dataclasses.replace(first, stamp_ns=stamp_ns, centre=centre, yaw_rad=first.yaw_rad + share * turn, points_inside=None))
+        return self._boxes.setdefault(stamp_ns, found)
+
     def labelled(self, stamp_ns: int) -> bool:
-        return stamp_ns in self._boxes
+        return bool(self.boxes_at(stamp_ns))
 
     def speed(self, box: Box) -> float:
         """In the world, m/s: of the track over the second around the box, or, where the track is shorter than half of that, the box's own."""
@@ -207,7 +231,14 @@ class Movers:
         return float(np.hypot(*box.velocity)) if box.velocity is not None and np.isfinite(box.velocity).all() else 0.0
 
     def moving(self, stamp_ns: int) -> list[Box]:
-        return [box for box in self._boxes.get(stamp_ns, []) if self.speed(box) > MOVING_M_S]
+        return [box for box in self.boxes_at(stamp_ns) if self.speed(box) > MOVING_M_S]
+
+
+def _moved(box: Box, target_from_box: Array) -> Box:
+    """The box in another frame that is turned about z."""
+    turn = float(np.arctan2(target_from_box[1, 0], target_from_box[0, 0]))
+    velocity = None if box.velocity is None else target_from_box[:2, :2] @ box.velocity
+    return dataclasses.replace(box, centre=(target_from_box @ np.append(box.centre, 1))[:3], yaw_rad=box.yaw_rad + turn, velocity=velocity)
 
 
 def crosses_box(box: Box, origin: Array, directions: Array, ranges: Array) -> Array:
