@@ -14,6 +14,7 @@ from sensors.errors import UsageError, WmError
 from sensors.rays import hide_sector, history_of, in_sector, rays_of
 from sensors.records import Box, Labels, Lidar, Log, RecordError, Sweep, Trajectory
 from worldmodel import evaluate as evaluation
+from worldmodel import subsets
 from worldmodel.evaluate import evaluate
 from worldmodel.forecast import Mixture
 
@@ -164,11 +165,11 @@ def clip_of(log, protocol="native", index=0):
 def test_moving_static_and_vacated_are_told_by_boxes_and_motion():
     log = street()
     clip = clip_of(log)
-    history, movers = history_of(clip), evaluation.Movers(log)
+    history, movers = history_of(clip), subsets.Movers(log)
     assert movers.labelled(clip.stamp_ns) and not movers.labelled(log.sweep_stamps_ns["top"][-1] + 1)
     frame = clip.future[-1]
     rays = rays_of(clip, frame, None)
-    masks = dict(zip(evaluation.SUBSETS, evaluation.subset_masks(clip, frame, history, rays, movers), strict=True))
+    masks = dict(zip(subsets.SUBSETS, subsets.subset_masks(clip, frame, history, rays, movers), strict=True))
     present_m = SPEED_M_S * (clip.stamp_ns - 10**9) / 1e9
     world = evaluation.points_of(rays, rays.ranges) + np.array([present_m, 0, 0])
     time_s = (frame.stamp_ns - 10**9) / 1e9
@@ -184,7 +185,7 @@ def test_moving_static_and_vacated_are_told_by_boxes_and_motion():
         start = np.array([SPEED_M_S * time_s, 0, 1.7])
         line = start + np.linspace(0, 1, 2000)[:, None] * (end - start)
         assert (np.abs(line - then) <= CAR_SIZE[[1, 0, 2]] / 2 + 0.05).all(1).any()
-    bands = np.stack([masks[name] for name in evaluation.SUBSETS if name.startswith("range_")])
+    bands = np.stack([masks[name] for name in subsets.SUBSETS if name.startswith("range_")])
     assert (bands.sum(0) == 1).all() and (rays.ranges[masks["range_10_20"]] < 20).all() and (rays.ranges[masks["range_10_20"]] >= 10).all()
     # nothing was where the car is now; most of the road and of the van was seen
     assert masks["unseen"].mean() < 0.1 and masks["unseen"][on_van].mean() < 0.3 and masks["unseen"][on_car].mean() > 0.5
@@ -195,8 +196,8 @@ def test_outside_the_labelled_view_nothing_is_static_or_moving():
     narrow = dataclasses.replace(log, open_labels=lambda: dataclasses.replace(log.open_labels(), complete_fov_rad=0.5))
     clip = clip_of(narrow)
     rays = rays_of(clip, clip.future[0], None)
-    found = evaluation.subset_masks(clip, clip.future[0], history_of(clip), rays, evaluation.Movers(narrow))
-    masks = dict(zip(evaluation.SUBSETS, found, strict=True))
+    found = subsets.subset_masks(clip, clip.future[0], history_of(clip), rays, subsets.Movers(narrow))
+    masks = dict(zip(subsets.SUBSETS, found, strict=True))
     ends = rays.directions * rays.ranges[:, None]
     inside = np.abs(np.arctan2(ends[:, 1], ends[:, 0])) <= 0.5
     np.testing.assert_array_equal(masks["moving"] | masks["static"], inside)
@@ -208,7 +209,7 @@ def test_a_short_track_falls_back_on_the_velocity_of_its_box():
     log = street()
     box = Box(int(log.sweep_stamps_ns["top"][10]), "new", "car", np.array([5.0, 0, 0]), CAR_SIZE, 0.0, np.array([3.0, 4.0]))
     still = dataclasses.replace(box, track="other", velocity=None)
-    movers = evaluation.Movers(dataclasses.replace(log, open_labels=lambda: Labels((box, still))))
+    movers = subsets.Movers(dataclasses.replace(log, open_labels=lambda: Labels((box, still))))
     assert movers.speed(box) == 5 and movers.speed(still) == 0 and movers.moving(box.stamp_ns) == [box]
 
 
@@ -257,7 +258,7 @@ def labelled_at(rows):
 
 
 def test_between_keyframes_boxes_are_where_their_track_is():
-    whole, keyframes = evaluation.Movers(street()), evaluation.Movers(labelled_at([5, 10, 15, 25]))
+    whole, keyframes = subsets.Movers(street()), subsets.Movers(labelled_at([5, 10, 15, 25]))
     stamps = street().sweep_stamps_ns["top"].tolist()
     for row in range(5, 16):
         for true, found in zip(whole.boxes_at(stamps[row]), keyframes.boxes_at(stamps[row]), strict=True):

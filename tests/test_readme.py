@@ -105,8 +105,9 @@ def test_files_named_in_the_text_exist():
 def test_everything_there_is_to_choose_is_described():
     from sensors.adapters.base import adapters
     from worldmodel.config import load_config
-    from worldmodel.evaluate import HIDDEN, PROTOCOLS, SUBSETS, baselines
+    from worldmodel.evaluate import HIDDEN, PROTOCOLS, baselines
     from worldmodel.metrics import METRICS
+    from worldmodel.subsets import SUBSETS
     from worldmodel.trained import Trained
 
     for page, names in (
