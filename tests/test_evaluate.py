@@ -21,7 +21,7 @@ from worldmodel.forecast import Mixture
 SPEED_M_S, CAR_M_S = 6.0, 8.0
 CAR_SIZE = np.array([4.0, 2.0, 1.6])
 FIELDS = ["method", "subset", "log", "horizon_s", "n_clips", "rays", "missing", "l1_mean", "l1_median", "absrel", "within_02", "chamfer",
-          "chamfer_near", "chamfer_trimmed", "nll", "crps", "ece", "coverage80", "width80"]  # fmt: skip
+          "chamfer_near", "chamfer_trimmed", "nll", "crps", "ece", "coverage80", "width80", "l1_over_evidence_only"]  # fmt: skip
 QUICK = ["copy", "reproject_nearest"]
 
 
@@ -132,6 +132,26 @@ def test_means_are_of_the_horizons(table):
         for name in ("l1_mean", "l1_median", "chamfer", "within_02"):
             values = [getattr(pick(table, method, horizon=h), name) for h in (0.2, 0.4, 0.6, 0.8, 1.0)]
             assert getattr(pick(table, method), name) == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_what_the_state_adds_is_told_with_an_interval_of_pairs():
+    class Twofold(Knowing):
+        """Off by a fiftieth of the range, and evidence alone by twice that."""
+
+        def mixtures(self, clip, history, rays, arms):
+            one = [np.ones((len(asked.ranges), 1), np.float32) for asked in rays]
+            off = {"model": 1.02, "evidence_only": 1.04}
+            return {arm: [Mixture(o, a.ranges[:, None] * off[arm], 0.05 * o) for o, a in zip(one, rays, strict=True)] for arm in arms}
+
+    table = evaluate([Part(street())], Twofold(), methods=["copy", "model", "evidence_only"], rays_per_sweep=500)
+    for row in table:
+        if row.method == "model" and not row.subset.startswith("range_40"):  # beyond the farther bound answers are cut
+            assert row.l1_over_evidence_only == pytest.approx(0.5, abs=0.02)
+            if row.intervals:
+                low, high = row.intervals["l1_over_evidence_only"]
+                assert 0.48 < low <= high < 0.52
+    assert pick(table, "evidence_only").l1_over_evidence_only is None
+    assert pick(table, "copy").l1_over_evidence_only == pytest.approx(pick(table, "copy").l1_mean / pick(table, "evidence_only").l1_mean)
 
 
 def test_point_methods_have_l1_for_crps_and_no_likelihood_without_scales(table):

@@ -110,11 +110,23 @@ def _print_block(rows: Sequence[Any], title: str) -> None:
         lines.append([method, *("-" if r is None else f"{_number(r.l1_mean, 2)} / {_number(r.l1_median)}" for r in found)])
     print_table(f"{title}: L1 / median by subset, mean of the horizons", ["method", *subsets], lines)
     print()
+    gained = {(row.subset, row.horizon_s): row for row in rows if row.method == methods[0] and row.l1_over_evidence_only is not None}
+    if gained:
+        lines = [[subset, *(_with_interval(gained.get((subset, h))) for h in shown)] for subset in subsets]
+        print_table(f"{title}: L1 of {methods[0]} over that of evidence_only, and 95 % of such draws of clips", ["subset", *columns[1:-1]], lines)
+        print()
     probable = [at[method, "all", None] for method in methods if at[method, "all", None].nll is not None]
     if probable:
         lines = [[r.method, *(_number(v) for v in (r.nll, r.crps, r.ece, r.coverage80, r.width80))] for r in probable]
         print_table(f"{title}: how sure, mean of the horizons", ["method", "NLL", "CRPS", "ECE", "coverage of 80 %", "its width"], lines)
         print()
+
+
+def _with_interval(row: Any) -> str:
+    if row is None:
+        return "-"
+    low, high = row.intervals.get("l1_over_evidence_only", (None, None))
+    return f"{_number(row.l1_over_evidence_only)}" + (f" ({low:.3f} .. {high:.3f})" if low is not None else "")
 
 
 def _share(at: dict[Any, Any], method: str, subset: str) -> str:

@@ -28,7 +28,8 @@ from worldmodel.drawing.report import Section, picture, playing_page, write_repo
 from worldmodel.drawing.sector import sector_picture
 from worldmodel.evaluate import Table, evaluate
 from worldmodel.export.verify import export
-from worldmodel.trained import EVIDENCE_ONLY, MODEL, NO_EVIDENCE, Trained
+from worldmodel.forecast import EVIDENCE_ONLY, MODEL, NO_EVIDENCE
+from worldmodel.trained import Trained
 
 Report = Callable[[str, int, int, str], None]
 TEST_SEED = 500_000

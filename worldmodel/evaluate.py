@@ -30,7 +30,7 @@ from sensors.kernels.mixture import quantiles
 from sensors.rays import MAX_RANGE_M, MIN_RANGE_M, RAYS_PER_SWEEP, History, Rays, hide_sector, history_of, in_sector, rays_of
 from sensors.records import Clip, Log
 from worldmodel import metrics
-from worldmodel.forecast import Mixture
+from worldmodel.forecast import EVIDENCE_ONLY, Mixture
 from worldmodel.subsets import SUBSETS, Movers, subset_masks
 
 Array = NDArray[Any]
@@ -70,6 +70,7 @@ PROTOCOLS = {"native": Horizons(5, 1), "native3": Horizons(15, 3)}
 class Row:
     """One line of the table: a method on a subset of rays, of one log (None: all of them) at one horizon (None: the mean of the horizons'
     values, where the subset has rays at each; rays and missing are then totals). A metric is None where the method has no such thing.
+    l1_over_evidence_only: where that arm answered, too.
     intervals: 95 %, by bootstrap over logs and clips, of every metric but the median; empty with fewer than two clips."""
 
     method: str
@@ -91,6 +92,7 @@ class Row:
     ece: float | None
     coverage80: float | None
     width80: float | None
+    l1_over_evidence_only: float | None = None
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -229,6 +231,7 @@ class _Tally:
     def rows(self, log: str | None) -> Iterator[Row]:
         clips = len(self.log_of_clip)
         weights = metrics.bootstrap_weights(np.array(self.log_of_clip), DRAWS, 0) if clips > 1 else None
+        reference = np.stack(self.sums[EVIDENCE_ONLY]).astype(np.float64) if clips and EVIDENCE_ONLY in self.methods else None
         for method in self.methods if clips else ():
             sums = np.stack(self.sums[method]).astype(np.float64)  # clips, subsets, horizons, columns
             for s, subset in enumerate(self.subsets):
@@ -241,10 +244,16 @@ class _Tally:
                     medians = np.array([metrics.median_of_counts(self.counts[method][s, k]) for k in horizons])
                     values["l1_median"] = metrics.mean_over_horizons(medians)
                     one = len(horizons) == 1
+                    drawn = metrics.intervals(these, weights) if weights is not None else {}
+                    over = None
+                    if reference is not None and method != EVIDENCE_ONLY:
+                        over, between = metrics.l1_over(these, reference[:, s, list(horizons)].transpose(1, 0, 2), weights)
+                        if between is not None:
+                            drawn["l1_over_evidence_only"] = between
                     yield Row(
                         method, subset, log, self.horizons[horizons[0]] if one else None, int((rays.sum(0) > 0).sum()), int(rays.sum()),
                         int(these[:, :, metrics.AT["missing"]].sum()), **{n: _or_none(values[n]) for n in metrics.METRICS},
-                        intervals=metrics.intervals(these, weights) if weights is not None else {},
+                        l1_over_evidence_only=None if over is None else _or_none(over), intervals=drawn,
                     )  # fmt: skip
 
 

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+# the arms of a model: itself; what its evidence says alone; told nothing of the readings but where they lie; without any
+MODEL, EVIDENCE_ONLY, POSITIONS, NO_EVIDENCE = "model", "evidence_only", "model@positions", "model@no_evidence"
+
 LEVELS = (0.1, 0.2, 0.5, 0.8, 0.9)
 
 

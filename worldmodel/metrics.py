@@ -202,6 +202,18 @@ def intervals(sums: Array, weights: Array) -> dict[str, tuple[float, float]]:
     return out
 
 
+def l1_over(sums: Array, reference: Array, weights: Array | None) -> tuple[float, tuple[float, float] | None]:
+    """L1 of a method over that of another on the same rays, both as means over horizons, and its 95 % interval: sums (K, clips, WIDTH) of both,
+    weights (draws, clips) or None. The same clips are drawn for both, so what makes a clip hard for both does not widen it."""
+    of, to = (mean_over_horizons(metrics_of_sums(these.sum(1))["l1_mean"]) for these in (sums, reference))
+    if weights is None:
+        return float(of / to), None
+    drawn = [mean_over_horizons(metrics_of_sums(np.stack([weights @ horizon for horizon in these]))["l1_mean"]) for these in (sums, reference)]
+    ratio = drawn[0] / drawn[1]
+    ratio = ratio[np.isfinite(ratio)]
+    return float(of / to), (float(np.percentile(ratio, 2.5)), float(np.percentile(ratio, 97.5))) if len(ratio) else None
+
+
 def mean_over_horizons(values: Array) -> Array:
     """(...) mean over the first axis of those that are there; NaN where none is."""
     there = ~np.isnan(values)

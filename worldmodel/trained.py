@@ -17,6 +17,7 @@ from sensors.rays import History, Rays, hide_sector, history_of, in_sector, rays
 from sensors.records import Clip
 from worldmodel import calibration, checkpoint, forecast, rundir
 from worldmodel.batches import clouds_of, joined, past_clouds, ray_input, ray_table, state_from_ego
+from worldmodel.forecast import EVIDENCE_ONLY, MODEL, NO_EVIDENCE, POSITIONS
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import WorldModel
 from worldmodel.validation import untold_evidence, without_evidence
@@ -25,7 +26,6 @@ Array = NDArray[Any]
 
 CHUNK = 8192
 OFF_RATE = 0.3  # of the spacing of the past sweeps, that it may differ from the run's
-MODEL, EVIDENCE_ONLY, POSITIONS, NO_EVIDENCE = "model", "evidence_only", "model@positions", "model@no_evidence"
 
 
 class Trained:

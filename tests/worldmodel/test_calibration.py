@@ -10,8 +10,9 @@ from sensors.rays import history_of, rays_of
 from tests.worldmodel.conftest import tiny
 from worldmodel import calibration
 from worldmodel.batches import _PoseErrors
+from worldmodel.forecast import EVIDENCE_ONLY, MODEL, POSITIONS
 from worldmodel.heads.rays import Mixture
-from worldmodel.trained import EVIDENCE_ONLY, MODEL, POSITIONS, Trained
+from worldmodel.trained import Trained
 
 
 def test_scales_that_are_too_small_are_widened():
