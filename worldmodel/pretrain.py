@@ -107,11 +107,13 @@ def split(clips: Sequence[Clip], share: float, seed: int) -> tuple[list[int], li
 
 
 class Source:
-    """Batches as a function of the step: clips are prepared once, kept while memory lasts, and drawn anew at each visit."""
+    """Batches as a function of the step: clips are prepared once, kept while memory lasts, and drawn anew at each visit. Of several ranks each
+    has clips of its own, every world-th, so that what it keeps is what it is asked for."""
 
     def __init__(self, clips: Sequence[Clip], weights: Sequence[float], config: Config, *, rank: int = 0, world: int = 1) -> None:
-        self.clips, self.weights, self.config = clips, np.asarray(weights, float), config
-        self.rank, self.world = rank, world
+        shared = slice(rank, None, world) if len(clips) >= world else slice(None)
+        self.clips, self.weights, self.config = clips[shared], np.asarray(weights, float)[shared], config
+        self.rank = rank
         train = config.train
         self.roles: tuple[Role, ...] = ("read",) * train.clips + ("dense",) * train.dense_clips + ("prior",) * train.prior_clips
         self.kept: dict[int, Prepared] = {}
@@ -133,9 +135,8 @@ class Source:
 
     def fill(self, report: Callable[[int, int, str], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Prepare clips, in the order of their first visit, until all are kept or memory is used up: beside the training this would take twice
-        as long, since both want all cores. Each rank prepares what it will be asked first."""
-        slots = len(self.roles)
-        todo = list(dict.fromkeys(index for position, index in enumerate(self.order(0)) if position // slots % self.world == self.rank))
+        as long, since both want all cores."""
+        todo = list(dict.fromkeys(self.order(0).tolist()))
         most = self.config.train.steps * len(self.roles)
         done = 0
 
@@ -152,10 +153,10 @@ class Source:
             list(pool.map(one, todo[:most]))
 
     def order(self, epoch: int) -> Array:
-        """(K,) i64: every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, epoch)."""
+        """(K,) i64: every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, rank, epoch)."""
         found = self.orders.get(epoch)
         if found is None:
-            rng = rng_of(self.config.seed, "order", epoch)
+            rng = rng_of(self.config.seed, "order", epoch, *([self.rank] if self.rank else []))
             times = np.floor(self.weights + rng.random(len(self.weights))).astype(int)
             found = rng.permutation(np.repeat(np.arange(len(times)), times))
             found = found if len(found) else np.array([int(np.argmax(self.weights))])
@@ -176,7 +177,7 @@ class Source:
         """The batch of a step on this rank. A clip that turns out unreadable is counted and the next one in the list takes its place."""
         visits = []
         for slot, role in enumerate(self.roles):
-            position = (step * self.world + self.rank) * len(self.roles) + slot
+            position = step * len(self.roles) + slot
             epoch, index = self.at(position)
             for attempt in range(len(self.clips)):
                 at = (index + attempt) % len(self.clips)

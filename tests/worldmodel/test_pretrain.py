@@ -124,20 +124,22 @@ def test_checkpoints_beyond_a_million_steps_are_the_newest(run, tmp_path):
     assert found.step == 8 and len(bad) == 1 and "step_1000500" in bad[0]
 
 
-def test_clips_come_in_endless_epochs_and_each_rank_prepares_what_it_is_asked_first(parts):
+def test_clips_come_in_endless_epochs_and_ranks_share_them_out(parts):
     config = tiny("train.cache_gb=8")
     clips, _ = pretrain.clips_of_parts(parts, config)
     weights = np.linspace(0.3, 2.2, len(clips))
-    source = pretrain.Source(clips, weights, config, rank=1, world=3)
-    whole = [(epoch, index) for epoch in range(40) for index in source.order(epoch).tolist()]
-    fresh = pretrain.Source(clips, weights, config)
+    whole = [(epoch, index) for epoch in range(40) for index in pretrain.Source(clips, weights, config).order(epoch).tolist()]
+    source = pretrain.Source(clips, weights, config)
     positions = np.random.default_rng(0).integers(0, len(whole), 300).tolist()
-    assert [fresh.at(position) for position in positions] == [whole[position] for position in positions]
-    assert len(fresh.orders) <= pretrain.ORDERS_KEPT
-    source.fill()
-    slots = len(source.roles)
-    asked = {index for position, (epoch, index) in enumerate(whole) if epoch == 0 and position // slots % 3 == 1}
-    assert set(source.kept) == asked and source.bytes == sum(kept.nbytes for kept in source.kept.values())
+    assert [source.at(position) for position in positions] == [whole[position] for position in positions]
+    assert len(source.orders) <= pretrain.ORDERS_KEPT
+    ranks = [pretrain.Source(clips, weights, config, rank=rank, world=3) for rank in range(3)]
+    assert sorted(clip.id for one in ranks for clip in one.clips) == sorted(clip.id for clip in clips)
+    ranks[1].fill()
+    assert set(ranks[1].kept) == set(ranks[1].order(0).tolist()) and ranks[1].bytes == sum(kept.nbytes for kept in ranks[1].kept.values())
+    few = [pretrain.Source(clips[:2], weights[:2], config, rank=rank, world=3) for rank in range(3)]
+    assert all(len(one.clips) == 2 for one in few)  # too few to share out
+    assert len({tuple(one.order(epoch)) for one in few for epoch in range(6)}) > 1
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(parts, tmp_path, run):
