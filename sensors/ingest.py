@@ -280,8 +280,6 @@ def _serially(job: _Job, tally: _Tally, stop: _Stop) -> None:
 def _take(job: _Job, source: int, ordinal: int, entry: Log | WmError, first: str | None, tell: Callable[[str], None]) -> _Outcome:
     """Store one log, or say why not. first: the folder of a log of the same id that this call found before and that is in the store."""
     place = f"{job.sources[source][0].name}#{ordinal}"
-    if isinstance(entry, Interrupted):
-        raise entry
     name = entry.id if isinstance(entry, Log) else place
     if int(hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12], 16) % job.num_shards != job.shard_index:
         return _Outcome("other_shards", name)

@@ -156,7 +156,7 @@ class Source:
         """(K,) i64: every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, rank, epoch)."""
         found = self.orders.get(epoch)
         if found is None:
-            rng = rng_of(self.config.seed, "order", epoch, *([self.rank] if self.rank else []))
+            rng = rng_of(self.config.seed, "order", epoch, self.rank)
             times = np.floor(self.weights + rng.random(len(self.weights))).astype(int)
             found = rng.permutation(np.repeat(np.arange(len(times)), times))
             found = found if len(found) else np.array([int(np.argmax(self.weights))])

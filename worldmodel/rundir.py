@@ -40,7 +40,7 @@ def create(run: Path, config: Config, parts: Sequence[Part]) -> None:
 
 def check_same_data(run: Path, parts: Sequence[Part]) -> None:
     """UsageError where the parts are not those that the run began with: other logs would be held out, some of them trained on before."""
-    both = read_json(run / "environment.json")["logs"], environment(parts)["logs"]
+    both = read_json(run / "environment.json")["logs"], _rows(parts)
     began, now = ([[row.get(key) for key in SAME] for row in logs] for logs in both)
     if began != now:
         raise UsageError(f"{one_line(run)}: began with other data ({_difference(began, now)}), so other logs would be held out; give the same, "
@@ -73,12 +73,15 @@ def environment(parts: Sequence[Part]) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    logs = [{"log": p.log.id, "licence": p.log.licence, "poses": p.log.poses.source if p.log.poses else None,
-             "from_ns": p.from_ns, "to_ns": p.to_ns, "weight": p.weight, "digest": p.digest} for p in parts]  # fmt: skip
     return {"python": sys.version.split()[0], "versions": versions, "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "command": [one_line(a) for a in sys.argv],
             "git": _git(), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "licence": strictest([p.log.licence for p in parts]), "logs": logs}  # fmt: skip
+            "licence": strictest([p.log.licence for p in parts]), "logs": _rows(parts)}  # fmt: skip
+
+
+def _rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    return [{"log": p.log.id, "licence": p.log.licence, "poses": p.log.poses.source if p.log.poses else None,
+             "from_ns": p.from_ns, "to_ns": p.to_ns, "weight": p.weight, "digest": p.digest} for p in parts]  # fmt: skip
 
 
 def strictest(licences: Sequence[str]) -> str:

@@ -221,10 +221,10 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
     """Poses by point-to-plane registration of each sweep to the TARGETS before it, in their refined places; source ``refined``.
 
     Each starts from the step that the log's poses say, or `odometry` where the log has none and beyond their ends; where that is far from a
-    steady motion, from the better of both. A pose at t
-    has seen sweeps at <= t only (the start of `odometry` apart). Points are used as recorded, as the forecasts that these poses serve do. A
-    sweep that does not register (fewer than MIN_MATCHED points match, or it would move more than MAX_MOVED_M) keeps the start's step and is
-    counted in ``log.counts``. report(done, total, text) is called per sweep. RecordError without a readable sweep."""
+    steady motion, from the better of both, which is counted in ``log.counts``. A pose at t has seen sweeps at <= t only (the start of `odometry`
+    apart). Points are used as recorded, as the forecasts that these poses serve do. A sweep that does not register (fewer than MIN_MATCHED
+    points match, or it would move more than MAX_MOVED_M) keeps the start's step and is counted, too. report(done, total, text) is called per
+    sweep. RecordError without a readable sweep."""
     lidar = log.reference_lidar
     stamps = log.sweep_stamps_ns[lidar]
     if not len(stamps):
