@@ -216,7 +216,7 @@ def test_of_lidars_with_as_many_sweeps_the_highest_is_taken():
 
 
 def test_ingest_tells_of_several_lidars_too(tmp_path, capsys, monkeypatch):
-    from sensors import ingest
+    from sensors import intake
 
     def source(path, dataset, options):
         one = street_log()
@@ -225,7 +225,7 @@ def test_ingest_tells_of_several_lidars_too(tmp_path, capsys, monkeypatch):
             [one, dataclasses.replace(one, id="made/two", lidars=lidars, sweep_stamps_ns={"side": STAMPS, "top": STAMPS[: len(STAMPS) // 2]})]
         )
 
-    monkeypatch.setattr(ingest, "open_source", source)
+    monkeypatch.setattr(intake, "open_source", source)
     assert main(["ingest", str(tmp_path / "raw"), str(tmp_path / "store"), "--dataset", "kitti_raw"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "several LiDARs" in line)
     assert "(side in 1)" in line

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from sensors import files
-from sensors import ingest as module
+from sensors import crew as workers
+from sensors import intake
 from sensors.adapters import kitti_raw, nuscenes
 from sensors.errors import Interrupted, UsageError
 from sensors.ingest import ingest
@@ -137,7 +138,7 @@ def test_a_log_that_cannot_be_opened_is_told_by_name_and_taken_once_mended(tmp_p
 
 
 def test_a_source_that_changes_while_it_is_read_is_quarantined(tmp_path, raw, monkeypatch):
-    real = module.write_log
+    real = intake.write_log
 
     def slow_write(store, log, *, before_commit, **rest):
         def grown_meanwhile():
@@ -148,7 +149,7 @@ def test_a_source_that_changes_while_it_is_read_is_quarantined(tmp_path, raw, mo
 
         return real(store, log, before_commit=grown_meanwhile, **rest)
 
-    monkeypatch.setattr(module, "write_log", slow_write)
+    monkeypatch.setattr(intake, "write_log", slow_write)
     found = ingest([raw], tmp_path / "s")
     assert (found.stored, found.quarantined) == (2, 1) and "changed while they were read" in found.reasons[0].reason
     assert len(content(tmp_path / "s")) == 2
@@ -270,14 +271,14 @@ def test_workers_that_reach_two_recordings_of_one_name_take_one(tmp_path, twins)
 def test_workers_at_one_log_go_on_one_by_one(tmp_path):
     from multiprocessing import Pipe
 
-    tally = module._Tally(lambda done, total, text: None)
+    tally = workers.Tally(lambda done, total, text: None)
     pipes = [Pipe() for _ in range(3)]
-    crew = [module._Worker(None, ours, (i, 0), log, True) for i, ((ours, _), log) in enumerate(zip(pipes, ("d/a", "d/a", "d/b")))]
-    module._let_on(crew, tally)
+    crew = [workers._Worker(None, ours, (i, 0), log, True) for i, ((ours, _), log) in enumerate(zip(pipes, ("d/a", "d/a", "d/b")))]
+    workers._let_on(crew, tally)
     assert [worker.waits for worker in crew] == [False, True, False] and [theirs.poll() for _, theirs in pipes] == [True, False, True]
     crew[0].task = None
-    tally.add(module._Outcome("stored", "d/a", folder="/x1"), more=True)
-    module._let_on(crew, tally)
+    tally.add(intake.Outcome("stored", "d/a", folder="/x1"), more=True)
+    workers._let_on(crew, tally)
     assert not crew[1].waits and pipes[0][1].recv() is None and pipes[1][1].recv() == "/x1"
 
 
@@ -477,7 +478,7 @@ kitti_raw.open_logs = lambda path, options: os._exit(7)
 
 @pytest.mark.slow
 def test_a_worker_that_dies_before_it_is_given_work_is_one_that_died(tmp_path, raw, monkeypatch):
-    hire, hired = module._hire, []
+    hire, hired = workers._hire, []
 
     def dead_at_first(job):
         hired.append(hire(job))
@@ -486,7 +487,7 @@ def test_a_worker_that_dies_before_it_is_given_work_is_one_that_died(tmp_path, r
             hired[0].process.join()
         return hired[-1]
 
-    monkeypatch.setattr(module, "_hire", dead_at_first)
+    monkeypatch.setattr(workers, "_hire", dead_at_first)
     found = ingest([raw], tmp_path / "s", workers=2)
     assert (found.seen, found.stored, found.quarantined) == (3, 2, 1) and "signal 9" in found.reasons[0].reason and len(hired) == 3
 

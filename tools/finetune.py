@@ -134,7 +134,7 @@ def _show(task: str, logs: int, rows: list[dict[str, Any]], scores: list[dict[st
     print_table(
         f"{task}: {name} on {logs} test logs, mean over seeds",
         ["labels", "arm", "logs", "frames", name, "std", "minus scratch", "std", "steps"],
-        [(f"{r['fraction']:.0%}", r["arm"], r["logs"], r["frames"], f"{r['score_mean']:.3f}", spread(r["score_std"]),
+        [(f"{100 * r['fraction']:g}%", r["arm"], r["logs"], r["frames"], f"{r['score_mean']:.3f}", spread(r["score_std"]),
           number(r["minus_scratch"]), spread(r["minus_scratch_std"]), f"{r['steps_mean']:.0f}") for r in rows],
     )  # fmt: skip
     if scores:
@@ -142,6 +142,6 @@ def _show(task: str, logs: int, rows: list[dict[str, Any]], scores: list[dict[st
         print_table(
             "nuScenes development kit: mAP and NDS over its ten classes; AP of those that the test logs hold",
             ["arm", "labels", "seed", "mAP", "NDS", *classes],
-            [(r["arm"], f"{r['fraction']:.0%}", r["seed"], f"{r['mAP']:.3f}", f"{r['NDS']:.3f}", *(f"{r['AP'][c]:.3f}" for c in classes))
+            [(r["arm"], f"{100 * r['fraction']:g}%", r["seed"], f"{r['mAP']:.3f}", f"{r['NDS']:.3f}", *(f"{r['AP'][c]:.3f}" for c in classes))
              for r in scores],
         )  # fmt: skip

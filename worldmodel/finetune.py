@@ -300,7 +300,7 @@ def finetune(
         say(number, len(todo), f"{what}: step {step}, {task.SCORE} {value:.3f} on held-out logs")
 
     for number, (fraction, seed, arm) in enumerate(todo):
-        what = f"{arm} {fraction:.0%} seed {seed}"
+        what = f"{arm} {100 * fraction:g}% seed {seed}"
         chosen = set(drawn(pool, fraction))
         frames = [frame for frame in train_frames if frame.log in chosen]
         if not frames or not held:
