@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sensors import files
 from sensors import crew as workers
-from sensors import intake
+from sensors import files, intake
 from sensors.adapters import kitti_raw, nuscenes
 from sensors.errors import Interrupted, UsageError
 from sensors.ingest import ingest
