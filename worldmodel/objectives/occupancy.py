@@ -26,7 +26,8 @@ def loss(model: WorldModel, batch: Batch, output: Output) -> Tensor:
         states = torch.cat((states, output.states[of, batch.future_step + 1]))
     met, through = seen(model, clouds, origins)
     logits = model.occupancy(states).float()
-    return 0.5 * (_mean(F.softplus(-logits), met) + _mean(F.softplus(logits), through))
+    if_through = F.softplus(logits)
+    return 0.5 * (_mean(if_through - logits, met) + _mean(if_through, through))
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def seen(model: WorldModel, clouds: Clouds, origins: Tensor) -> tuple[Tensor, Te
         cloud = points.numpy()
         met = columns(cloud, encoder.low, size, shape)
         words.append((met, free_space(cloud, origin, encoder.low, size, shape, met)))
-    both = torch.from_numpy(np.array(words).astype(np.int64)).to(clouds.points.device)  # (n,2,X,Y)
-    bits = (both[:, :, None] >> torch.arange(OCCUPANCY_SLICES, device=both.device)[:, None, None]) & 1
-    met, through = bits.bool().transpose(3, 4).unbind(1)
+    rows = np.array(words).transpose(0, 1, 3, 2)  # (n,2,Y,X), a bit for each slice
+    bits = np.unpackbits(rows.astype("<u8")[..., None].view(np.uint8), axis=4, count=OCCUPANCY_SLICES, bitorder="little")
+    met, through = torch.from_numpy(bits).bool().permute(0, 1, 4, 2, 3).to(clouds.points.device).unbind(1)
     return met, through
