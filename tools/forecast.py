@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from sensors.data import open_data
     from sensors.files import read_json, safe_name, write_file
     from worldmodel import load, rundir
-    from worldmodel.pretrain import clips_of_parts
+    from worldmodel.source import clips_of_parts
     from worldmodel.tools.terminal import print_json, reporter
 
     if not args.data and not (folder / "data.json").is_file():

@@ -1,4 +1,4 @@
-"""The training loop, and what surrounds it: which clips, in which order, what is written down. No labels are opened here."""
+"""The training loop, and what is written down of it. No labels are opened here; which clips it sees is `worldmodel.source`'s to say."""
 
 from __future__ import annotations
 
@@ -8,43 +8,29 @@ import math
 import os
 import pkgutil
 import signal
-import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sensors.clips import clips_of
 from sensors.data import Part
 from sensors.errors import Interrupted, UsageError, WmError, one_line
 from sensors.files import write_json
-from sensors.records import Clip
 from worldmodel import checkpoint, health, validation
-from worldmodel.batches import Prepared, Role, collate, prepare, rng_of, visit
 from worldmodel.config import Config
 from worldmodel.evaluate import laplace_scales
 from worldmodel.model import Batch, WorldModel
 from worldmodel.optimizer import optimizers_of
 from worldmodel.rundir import Journal
+from worldmodel.source import Source, clips_of_parts, split, without_clips
 
 Loss = Callable[[WorldModel, Batch, Any], Tensor | None]  # None: this batch asks nothing of it
-Array = NDArray[Any]
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-# threads that prepare clips; of many cores most, shared by the ranks of this machine
-LOADERS = max(2, min(16, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
-PREFETCH = LOADERS + 1
-ORDERS_KEPT = 3
-FORETELL_EVERY = 4  # steps from one with the future sweep's latent to the next: encoding it costs as much as encoding the input
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
 
@@ -58,154 +44,6 @@ def objectives(weights: dict[str, float]) -> dict[str, Loss]:
     if not any(weights.values()):
         raise UsageError("objectives: none has a weight, so there is nothing to learn")
     return {name: importlib.import_module(f"worldmodel.objectives.{name}").loss for name, weight in weights.items() if weight}
-
-
-def clips_of_parts(parts: Sequence[Part], config: Config) -> tuple[list[Clip], list[float]]:
-    """Every clip of the data, in order, with the weight of its part."""
-    clips: list[Clip] = []
-    weights: list[float] = []
-    m = config.model
-    for part in parts:
-        found = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, every_s=part.every_s or config.train.every_s,
-                         from_ns=part.from_ns, to_ns=part.to_ns)  # fmt: skip
-        clips += found
-        weights += [part.weight] * len(found)
-    if not clips:
-        raise UsageError(f"the data hold no clip of {m.past} past and {m.future} future frames at {m.rate_hz:g} Hz; are the logs long enough, and "
-                         "their sweeps that many a second?")  # fmt: skip
-    return clips, weights
-
-
-def without_clips(parts: Sequence[Part], clips: Sequence[Clip]) -> list[str]:
-    """Ids of the logs that gave none of the clips, in order."""
-    giving = {clip.log.id for clip in clips}
-    return [log for log in dict.fromkeys(part.log.id for part in parts) if log not in giving]
-
-
-def split(clips: Sequence[Clip], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the clips to train on and of those held out. Datasets of four logs and more give whole logs; others the end of each
-    log, without the clips that overlap it."""
-    by_dataset: dict[str, dict[str, list[int]]] = {}
-    for index, clip in enumerate(clips):
-        by_dataset.setdefault(clip.log.dataset, {}).setdefault(clip.log.id, []).append(index)
-    train: list[int] = []
-    held: list[int] = []
-    for dataset, logs in by_dataset.items():
-        if len(logs) >= 4:
-            names = sorted(logs)
-            out = set(rng_of(seed, "split", dataset).choice(names, max(1, round(share * len(names))), replace=False).tolist()) if share > 0 else set()
-            for name, indices in logs.items():
-                (held if name in out else train).extend(indices)
-            continue
-        for indices in logs.values():
-            count = max(1, round(share * len(indices))) if share > 0 and len(indices) > 3 else 0
-            kept, ending = indices[: len(indices) - count], indices[len(indices) - count :]
-            held += ending
-            first = clips[ending[0]].past[0].stamp_ns if ending else 2**62
-            train += [i for i in kept if (clips[i].future or clips[i].past)[-1].stamp_ns < first]
-    return train, held
-
-
-class Source:
-    """Batches as a function of the step: clips are prepared once, kept while memory lasts, and drawn anew at each visit. Of several ranks each
-    has clips of its own, every world-th, so that what it keeps is what it is asked for."""
-
-    def __init__(self, clips: Sequence[Clip], weights: Sequence[float], config: Config, *, rank: int = 0, world: int = 1) -> None:
-        shared = slice(rank, None, world) if len(clips) >= world else slice(None)
-        self.clips, self.weights, self.config = clips[shared], np.asarray(weights, float)[shared], config
-        self.rank = rank
-        train = config.train
-        self.roles: tuple[Role, ...] = ("read",) * train.clips + ("dense",) * train.dense_clips + ("prior",) * train.prior_clips
-        self.kept: dict[int, Prepared] = {}
-        self.bytes = 0
-        self.unreadable: dict[str, str] = {}
-        self.orders: dict[int, Array] = {}
-        self.ends: list[int] = []  # of the epochs, as positions in the endless stream
-        self.lock = threading.Lock()
-
-    def prepared(self, index: int) -> Prepared:
-        found = self.kept.get(index)
-        if found is None:
-            found = prepare(self.clips[index], self.config)
-            with self.lock:
-                if index not in self.kept and self.bytes + found.nbytes < self.config.train.cache_gb * 2**30:
-                    self.kept[index] = found
-                    self.bytes += found.nbytes
-        return found
-
-    def fill(self, report: Callable[[int, int, str], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
-        """Prepare clips, in the order of their first visit, until all are kept or memory is used up: beside the training this would take twice
-        as long, since both want all cores."""
-        todo = list(dict.fromkeys(self.order(0).tolist()))
-        most = self.config.train.steps * len(self.roles)
-        done = 0
-
-        def one(index: int) -> None:
-            nonlocal done
-            if self.bytes < self.config.train.cache_gb * 2**30 and not stop():
-                with suppress(WmError):  # an unreadable clip is counted when its turn comes
-                    self.prepared(index)
-            done += 1
-            if report:
-                report(done, len(todo[:most]), "")
-
-        with ThreadPoolExecutor(LOADERS) as pool:
-            list(pool.map(one, todo[:most]))
-
-    def order(self, epoch: int) -> Array:
-        """(K,) i64: every clip floor(weight) times, and once more with the chance that is left, shuffled: a function of (seed, rank, epoch)."""
-        found = self.orders.get(epoch)
-        if found is None:
-            rng = rng_of(self.config.seed, "order", epoch, self.rank)
-            times = np.floor(self.weights + rng.random(len(self.weights))).astype(int)
-            found = rng.permutation(np.repeat(np.arange(len(times)), times))
-            found = found if len(found) else np.array([int(np.argmax(self.weights))])
-            self.orders[epoch] = found
-            if len(self.orders) > ORDERS_KEPT:
-                del self.orders[next(iter(self.orders))]
-        return found
-
-    def at(self, position: int) -> tuple[int, int]:
-        """(epoch, clip index) of a position in the endless stream."""
-        with self.lock:
-            while not self.ends or position >= self.ends[-1]:
-                self.ends.append((self.ends[-1] if self.ends else 0) + len(self.order(len(self.ends))))
-            epoch = bisect_right(self.ends, position)
-            return epoch, int(self.order(epoch)[position - (self.ends[epoch - 1] if epoch else 0)])
-
-    def batch(self, step: int) -> Batch:
-        """The batch of a step on this rank. A clip that turns out unreadable is counted and the next one in the list takes its place."""
-        visits = []
-        for slot, role in enumerate(self.roles):
-            position = step * len(self.roles) + slot
-            epoch, index = self.at(position)
-            for attempt in range(len(self.clips)):
-                at = (index + attempt) % len(self.clips)
-                if self.clips[at].id in self.unreadable:
-                    continue
-                try:
-                    visits.append(visit(self.prepared(at), self.config, epoch, position, role=role))
-                    break
-                except WmError as error:
-                    self.unreadable[self.clips[at].id] = one_line(error)
-            else:
-                raise WmError("no clip of the data is readable; run `wm check` on the store")
-        return collate(visits, self.config, foretell=step % FORETELL_EVERY == 0)
-
-    def stream(self, first: int, last: int) -> Iterator[Batch]:
-        """Batches first..last-1, the next ones made in threads meanwhile (the kernels release the interpreter's lock)."""
-        with ThreadPoolExecutor(LOADERS) as pool:
-            waiting: list[Future[Batch]] = [pool.submit(self.batch, s) for s in range(first, min(first + PREFETCH, last))]
-            for step in range(first, last):
-                batch = waiting.pop(0).result()
-                if step + PREFETCH < last:
-                    waiting.append(pool.submit(self.batch, step + PREFETCH))
-                try:
-                    yield batch
-                except GeneratorExit:
-                    for future in waiting:
-                        future.cancel()
-                    raise
 
 
 def schedule(progress: float, warm: float) -> float:

@@ -9,7 +9,7 @@ from tests.worldmodel.conftest import tiny
 from worldmodel.encoders.contract import Clouds
 from worldmodel.model import OCCUPANCY_SLICES, WorldModel
 from worldmodel.objectives import moving, occupancy, ray_forecast
-from worldmodel.pretrain import Source, clips_of_parts
+from worldmodel.source import Source, clips_of_parts
 
 
 def batch_of(parts):

@@ -17,8 +17,10 @@ from sensors.errors import UsageError, WmError
 from sensors.geometry import points_in, transform_points
 from tests.worldmodel.conftest import tiny, train
 from worldmodel import checkpoint, health, pretrain, rundir, validation
+from worldmodel import source as source_module
 from worldmodel.batches import collate, prepare, state_from_ego, visit
 from worldmodel.model import WorldModel
+from worldmodel.source import ORDERS_KEPT, Source, clips_of_parts
 
 
 def digest(run, which="latest"):
@@ -126,20 +128,45 @@ def test_checkpoints_beyond_a_million_steps_are_the_newest(run, tmp_path):
 
 def test_clips_come_in_endless_epochs_and_ranks_share_them_out(parts):
     config = tiny("train.cache_gb=8")
-    clips, _ = pretrain.clips_of_parts(parts, config)
+    clips, _ = clips_of_parts(parts, config)
     weights = np.linspace(0.3, 2.2, len(clips))
-    whole = [(epoch, index) for epoch in range(40) for index in pretrain.Source(clips, weights, config).order(epoch).tolist()]
-    source = pretrain.Source(clips, weights, config)
+    whole = [(epoch, index) for epoch in range(40) for index in Source(clips, weights, config).order(epoch).tolist()]
+    source = Source(clips, weights, config)
     positions = np.random.default_rng(0).integers(0, len(whole), 300).tolist()
     assert [source.at(position) for position in positions] == [whole[position] for position in positions]
-    assert len(source.orders) <= pretrain.ORDERS_KEPT
-    ranks = [pretrain.Source(clips, weights, config, rank=rank, world=3) for rank in range(3)]
+    assert len(source.orders) <= ORDERS_KEPT
+    ranks = [Source(clips, weights, config, rank=rank, world=3) for rank in range(3)]
     assert sorted(clip.id for one in ranks for clip in one.clips) == sorted(clip.id for clip in clips)
     ranks[1].fill()
     assert set(ranks[1].kept) == set(ranks[1].order(0).tolist()) and ranks[1].bytes == sum(kept.nbytes for kept in ranks[1].kept.values())
-    few = [pretrain.Source(clips[:2], weights[:2], config, rank=rank, world=3) for rank in range(3)]
+    few = [Source(clips[:2], weights[:2], config, rank=rank, world=3) for rank in range(3)]
     assert all(len(one.clips) == 2 for one in few)  # too few to share out
     assert len({tuple(one.order(epoch)) for one in few for epoch in range(6)}) > 1
+
+
+def test_clips_that_do_not_all_fit_in_memory_are_prepared_once_and_seen_many_times(monkeypatch):
+    """400 clips and room for 200 of them: each comes `visits` times its weight an epoch, while few enough others do that it stays prepared."""
+    config = tiny("train.cache_gb=0.0002", "train.visits=16", "train.steps=5000", "train.clips=4", "train.dense_clips=4", "train.prior_clips=4")
+    clip = type("Clip", (), {"nbytes": int(0.0002 * 2**30) // 200})
+    made = []
+    monkeypatch.setattr(source_module, "prepare", lambda index, config: made.append(index) or clip)
+    weights = np.where(np.arange(400) % 40 == 0, 3.0, 1.0)
+    source = Source(range(400), weights, config)
+    assert source.room == 200
+    source.fill()
+    assert len(source.kept) == len(made) in (160, 161)  # a window, and the one that was measured, if it is another
+    orders = [source.order(epoch) for epoch in range(3)]
+    for order in orders:
+        assert (np.bincount(order, minlength=400) == 16 * weights).all()
+        batches = order[: len(order) // 12 * 12].reshape(-1, 12)
+        assert np.mean([len(set(batch)) for batch in batches.tolist()]) > 11
+    for index in np.concatenate(orders).tolist():
+        source.prepared(index)
+        assert source.bytes == len(source.kept) * clip.nbytes < source.memory
+    assert len(made) < 1.15 * 3 * 400  # of some 18 visits each
+    assert not np.array_equal(orders[0], orders[1])
+    again = Source(range(400), weights, config)
+    assert again.at(len(orders[0]) + 3) == (1, int(orders[1][3])) and again.at(3) == (0, int(orders[0][3]))
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(parts, tmp_path, run):
@@ -454,7 +481,7 @@ def test_dense_clips_are_encoded_with_squares_hidden_and_carry_no_rays(parts):
     kept = {tuple(row) for row in np.concatenate(dense.past)[:, :3]}
     hidden = np.array([tuple(row) not in kept for row in dense.newest[:, :3]])
     assert 0.1 < hidden.mean() < 0.6
-    batch = pretrain.Source(*pretrain.clips_of_parts(parts, config), config).batch(0)
+    batch = Source(*clips_of_parts(parts, config), config).batch(0)
     asked, sweeps = config.train, len(config.model.latent_sweeps)
     encoded = asked.clips + asked.dense_clips
     assert len(batch.clouds.sizes) == encoded * (1 if config.model.join_sweeps else sweeps) and len(batch.newest.sizes) == encoded
@@ -465,8 +492,8 @@ def test_dense_clips_are_encoded_with_squares_hidden_and_carry_no_rays(parts):
 
 def test_a_part_may_have_its_clips_cut_closer(parts):
     config = tiny()
-    apart = [clip.stamp_ns for clip in pretrain.clips_of_parts(parts[:1], config)[0]]
-    close = [clip.stamp_ns for clip in pretrain.clips_of_parts([dataclasses.replace(parts[0], every_s=0.2)], config)[0]]
+    apart = [clip.stamp_ns for clip in clips_of_parts(parts[:1], config)[0]]
+    close = [clip.stamp_ns for clip in clips_of_parts([dataclasses.replace(parts[0], every_s=0.2)], config)[0]]
     assert len(close) > len(apart) and np.allclose(np.diff(close) / 1e9, 0.2, atol=0.02)
 
 
