@@ -128,8 +128,8 @@ class Source:
     def fill(self, report: Callable[[int, int, str], None] | None = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Prepare clips, in the order of their first visit, until all are kept or those of a window: beside the training this would take twice
         as long, since both want all cores."""
-        todo = list(dict.fromkeys(self.order(0).tolist()))
         most = min(self.config.train.steps * len(self.roles), self.room if self.room >= len(self.clips) else int(WINDOW * self.room))
+        todo = self.order(0)[np.sort(np.unique(self.order(0), return_index=True)[1])][:most].tolist()
         done = 0
 
         def one(index: int) -> None:
@@ -139,10 +139,10 @@ class Source:
                     self.prepared(index)
             done += 1
             if report:
-                report(done, len(todo[:most]), "")
+                report(done, len(todo), "")
 
         with ThreadPoolExecutor(LOADERS) as pool:
-            list(pool.map(one, todo[:most]))
+            list(pool.map(one, todo))
 
     def order(self, epoch: int) -> Array:
         """(K,) i64: every clip floor(weight) times, and once more with the chance that is left, shuffled; where memory does not hold them all,
