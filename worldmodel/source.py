@@ -37,6 +37,7 @@ FORETELL_EVERY = 4  # steps from one with the future sweep's latent to the next:
 WINDOW = 0.8  # of what memory holds: clips differ in size, and loaders run ahead
 FEWEST_BATCHES = 8  # that a window has to hold
 
+
 def clips_of_parts(parts: Sequence[Part], config: Config) -> tuple[list[Clip], list[float]]:
     """Every clip of the data, in order, with the weight of its part."""
     clips: list[Clip] = []
