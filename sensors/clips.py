@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sensors.errors import UsageError
 from sensors.geometry import pose_at
 from sensors.records import Clip, Frame, Log, RecordError
 
@@ -64,6 +65,8 @@ def clips_of(
     """The clips of a log in order: t = 0 every `every_s`, the earliest with a full past first, or at the sweeps nearest to the ascending
     instants at_ns (K,) i64; no past or future frame leaves from_ns <= stamp < to_ns, and none lies in a gap of the sweeps or of the poses. An
     empty list where the log is too short, has no LiDAR or no poses."""
+    if not rate_hz > 0 or not every_s > 0 or past < 1 or future < 0:
+        raise UsageError(f"clips of {past} past and {future} future frames at {rate_hz} Hz every {every_s} s: give numbers above 0")
     if not log.lidars or log.poses is None:
         return []
     lidar = log.reference_lidar

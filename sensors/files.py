@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sensors.errors import WmError, one_line
+from sensors.errors import UsageError, WmError, one_line
 
 TEMPORARY = "tmp-"
 MANIFEST = "manifest.json"
@@ -383,7 +383,9 @@ def commit_folder(final: Path, files: Mapping[str, bytes], about: Mapping[str, A
 
 def check_folder(folder: Path, *, digests: bool = True) -> dict[str, Any]:
     """The manifest of a folder that `commit_folder` wrote, after comparing it and every file it names (lengths; with digests, content).
-    Files that it does not name are ignored. BadFile otherwise."""
+    Files that it does not name are ignored. BadFile otherwise, UsageError where there is none."""
+    if not (folder / MANIFEST).exists():
+        raise UsageError(f"{one_line(folder)}: {'holds no ' + MANIFEST if folder.is_dir() else 'no such folder'}; give one that wm wrote whole")
     manifest = unseal(read_whole(folder / MANIFEST, JSON_BYTES), one_line(folder / MANIFEST))
     for entry in entries_of(manifest, one_line(folder / MANIFEST)):
         check_entry(folder, entry, digests=digests)

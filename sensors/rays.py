@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sensors.errors import UsageError
 from sensors.geometry import inverse, transform_points
 from sensors.records import Clip, Frame, Lidar, Log, RecordError, Sweep
 
@@ -108,6 +109,8 @@ def rays_of(clip: Clip, frame: Frame, count: int | None = RAYS_PER_SWEEP, seed: 
     """The returns of one frame (of the future or of t = 0) as rays with their truth: range 2..56 m from the sensor at the stamp, the ego
     vehicle's returns removed. count rays are drawn by (seed, log, stamp), the same for every method; None takes all, in recorded order.
     RecordError where there is none."""
+    if count is not None and count < 1:
+        raise UsageError(f"{count} rays a sweep: give at least 1, or None for all")
     log, lidar = clip.log, clip.lidar
     sweep = log.read_sweep(lidar, frame.sweep_index)
     index, points, ranges = _kept(log, lidar, sweep)

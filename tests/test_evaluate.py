@@ -13,6 +13,7 @@ from sensors.data import Part
 from sensors.errors import UsageError, WmError
 from sensors.rays import hide_sector, history_of, in_sector, rays_of
 from sensors.records import Box, Labels, Lidar, Log, RecordError, Sweep, Trajectory
+from sensors.simulator.log import simulate
 from worldmodel import evaluate as evaluation
 from worldmodel import subsets
 from worldmodel.evaluate import evaluate
@@ -307,6 +308,37 @@ def test_unreadable_clips_are_left_out_and_counted():
     table = evaluate([Part(log)], methods=["copy"], rays_per_sweep=200, report=lambda *args: seen.append(args))
     assert table.clips == 2 and table.unreadable == 1 and pick(table, "copy").n_clips == 2
     assert seen[-1][:2] == (3, 3) and "1" in seen[-1][2] and sum(n for what, n in log.counts.items() if "left out" in what) == 1
+
+
+def test_a_table_rests_on_the_clips_that_were_scored():
+    torn = street(name="b", broken=frozenset(range(31)))
+    table = evaluate([Part(street()), Part(torn)], methods=["copy"], rays_per_sweep=200)
+    assert (table.logs, table.clips, table.unreadable, table.seconds) == (1, 3, 3, pytest.approx(2.8))
+
+
+@pytest.mark.parametrize("asked", [{"seed": -1}, {"max_clips": 0}, {"rays_per_sweep": 0}, {"methods": []}])
+def test_nothing_is_evaluated_of_what_cannot_be(asked):
+    with pytest.raises(UsageError, match="evaluate: "):
+        evaluate([Part(street())], **{"methods": ["copy"], **asked})
+
+
+@pytest.mark.parametrize(("rate_hz", "sweeps"), [(5.0, 2), (5.0013, 2), (4.99, 2), (10.0, 5), (9.65, 5), (20.0, 10), (2.0, 1)])
+def test_half_a_second_is_a_whole_number_of_sweeps_whatever_the_last_digit_of_the_rate(rate_hz, sweeps):
+    stamps = np.arange(40) * round(1e9 / rate_hz)
+    log = dataclasses.replace(street(), lidars={"top": Lidar("top", np.eye(4), rate_hz)}, sweep_stamps_ns={"top": stamps})
+    assert evaluation._stride_s(log) == pytest.approx(sweeps / rate_hz, rel=1e-3)
+
+
+def test_what_moves_is_where_it_was_when_its_points_were_measured():
+    """A simulated scanner takes a tenth of a second for a turn: the labels of points say what they are of."""
+    log = simulate(700_013, seconds=2.0, every=2)
+    clip, found = clip_of(log), np.zeros(2)
+    for frame in (clip.future[0], clip.future[-1]):
+        rays = rays_of(clip, frame, None)
+        masks = dict(zip(subsets.SUBSETS, subsets.subset_masks(clip, frame, history_of(clip), rays, subsets.Movers(log)), strict=True))
+        truly = log.open_labels().read_point_labels("hdl64", frame.sweep_index).moving[rays.index]
+        found += masks["moving"][truly].sum(), truly.sum()
+    assert found[1] > 500 and found[0] / found[1] > 0.99  # 0.80 by boxes at the stamp alone
 
 
 def test_data_of_which_no_clip_is_readable_are_an_error_with_the_first_reason():

@@ -310,7 +310,7 @@ def test_the_devkit_gives_full_marks_to_the_truth(made, written, quiet, tmp_path
 
 def test_a_log_survives_the_round_trip(made, written):
     log = open_one(written)
-    assert log.id == "nuscenes/street-1" and log.licence and log.intensity_scale == 255 and log.stamps == "recorded"
+    assert log.id == "nuscenes/street-1" and log.licence == adapter.LICENCE and log.intensity_scale == 255 and log.stamps == "recorded"
     assert log.lidars["LIDAR_TOP"].rate_hz == pytest.approx(10)
     assert set(log.cameras) == set(adapter_channels()) and not any("absent" in what or "dropped" in what for what in log.counts)
     assert np.array_equal(log.sweep_stamps_ns["LIDAR_TOP"], made.sweep_stamps_ns["top"])

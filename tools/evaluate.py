@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_clips is not None and args.max_clips < 1:
         raise UsageError(f"--max-clips {args.max_clips}: give a number above 0, or leave it out for all")
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed}: give 0 or more")
     from worldmodel.evaluate import PROTOCOLS, evaluate
 
     if args.protocol not in PROTOCOLS:

@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.run_folder)
     formats = list(dict.fromkeys(part.strip() for part in args.formats.split(",") if part.strip()))
+    if not formats:
+        raise UsageError(f"--formats: names none; give some of {', '.join(FORMATS)}")
     if unknown := sorted(set(formats) - set(FORMATS)):
         raise UsageError(f"--formats {one_line(unknown[0])}: not one of {', '.join(FORMATS)}")
     if args.hide_sector is not None and not 0 < args.hide_sector <= 180:
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--clip {one_line(args.clip)}: none of the {len(by_id)} clips of the data; --list shows them")
     clip = by_id[args.clip] if args.clip is not None else clips[0]
     output = Path(args.output) if args.output else folder / "forecasts" / safe_name(clip.id)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{one_line(output)}: is a file; give a folder with -o")
     if not args.overwrite and output.exists() and any(output.iterdir()):
         raise UsageError(f"{one_line(output)}: holds files already; give another -o, or --overwrite")
 
@@ -106,13 +110,13 @@ def draw(forecast: object, formats: list[str], hidden: bool) -> dict[str, bytes]
 
 
 def errors_of(forecast: object) -> list[dict[str, object]]:
-    """Median absolute range errors in metres: a row per method and horizon."""
-    from worldmodel.drawing.animation import median_error
+    """Median absolute range errors in metres, and of how many rays (the hidden ones, where a sector was withheld): a row per method and horizon."""
+    from worldmodel.drawing.animation import median_error, scored
     from worldmodel.forecast import Forecast
 
     assert isinstance(forecast, Forecast)
     return [
-        {"method": name, "horizon_s": future.horizon_s, "l1_median": median_error(future, ranges)}
+        {"method": name, "horizon_s": future.horizon_s, "l1_median": median_error(future, ranges), "rays": len(scored(future, ranges))}
         for future in forecast.futures
         for name, ranges in {"model": future.ranges, **future.baselines}.items()
     ]

@@ -16,7 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from sensors.errors import WmError, one_line
+from sensors.errors import UsageError, WmError, one_line
 from sensors.files import BadFile, check_folder, commit_folder, parse_json, read_whole, write_file
 from worldmodel.optimizer import Muon
 
@@ -111,11 +111,16 @@ def _drop_old(folder: Path) -> None:
 
 
 def load(run: Path, which: str = "best") -> Checkpoint:
-    """The checkpoint that `best` (falling back to `latest`) or `latest` names, or a step's own name; every digest is checked."""
+    """The checkpoint that `best` (falling back to `latest`) or `latest` names, or a step's own name; every digest is checked. UsageError for
+    another word, and for a step that is not there."""
     folder = run / "checkpoints"
-    name = which if _NAME.fullmatch(which) else _named(folder, which) or _named(folder, "latest")
+    name = _named(folder, which) if which in ("best", "latest") else which
+    name = name or _named(folder, "latest")
     if name is None:
         raise WmError(f"{one_line(run)}: no checkpoint yet; is it a run folder, and did `wm pretrain` get far enough?")
+    if which == name and not (_NAME.fullmatch(which) and (folder / which).is_dir()):
+        there = ", ".join(_in_order(folder)) if folder.is_dir() else "none"
+        raise UsageError(f"{one_line(run)}: checkpoint {one_line(which, 40)!r} is not best, latest, or one of those kept ({there})")
     return read(folder / name)
 
 

@@ -32,7 +32,7 @@ BOUNDS: dict[tuple[float, float], str] = {
     (1, 1024): "train.threads",
     (1, 1e9): "encoder.strides encoder.widths encoder.upsample_widths model.channels model.dynamics_width model.head_width "
               "model.head_bins model.head_latent_width train.steps train.clips train.rays train.prior_rays train.stored_rays train.instants "
-              "train.validate_every train.save_every train.visits",
+              "train.validate_every train.save_every",
     (2, 1e9): "encoder.pfn_widths",
     (0.01, 100): "encoder.upsample_strides",
     (1e-9, 1e9): "encoder.voxel encoder.bn_eps train.lr train.clip_norm",
@@ -157,8 +157,7 @@ class Train:
     region hidden; evidence_share: of the rays with state keep their evidence, positions_share: keep where its readings lie and nothing else;
     newest_share: of the clips show the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep.
     pose_error_m, pose_error_deg: largest deviation of the errors that a clip's poses are given. validation: share of the clips held out, whole
-    logs where there are several. cache_gb: memory for prepared clips; visits: of a clip before another takes its place there, where they do not
-    all fit. seconds: stop after so much wall time, which the learning rate then follows
+    logs where there are several. cache_gb: memory for prepared clips. seconds: stop after so much wall time, which the learning rate then follows
     (0: by steps alone). autocast: auto, bf16 or off; channels_last: auto, on or off."""
 
     steps: int
@@ -192,7 +191,6 @@ class Train:
     save_every: int
     freeze_bn_at: float
     cache_gb: float
-    visits: int
     threads: int
     autocast: str
     channels_last: str

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sensors.adapters.base import guess
 from sensors.clips import clips_of
 from sensors.data import Part, open_data
 from sensors.errors import UsageError, one_line
@@ -68,8 +69,13 @@ def demo(output: Path, logs: Sequence[Path] = (), size: Size | None = None, repo
     page says as plain data."""
     size = size or Size()
     say: Report = report or (lambda stage, done, total, text: None)
-    if (output / "run").exists() or (output / "streets").exists():
-        raise UsageError(f"{one_line(output)}: holds a demo already; delete it, or give another -o")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UsageError(f"{one_line(output)}: is there already; delete it, or give another -o")
+    if min(size.train_logs, size.test_logs, size.clips) < 1:
+        raise UsageError(f"a demo of {size.train_logs} simulated streets: give at least 1")
+    config = load_config(size.config)
+    for path in logs:
+        guess(path)
     make_folder(output)
     stages = Stages(say)
     simulate_into(output / "streets", range(size.train_logs), size.seconds, say)
@@ -80,7 +86,6 @@ def demo(output: Path, logs: Sequence[Path] = (), size: Size | None = None, repo
         train += real_train
         test["recorded, not trained on"] = real_test
     stages.done("simulate and ingest")
-    config = load_config(size.config)
     run = output / "run"
     train_on(train, config, run, lambda done, total, text: say("train", done, total, text))
     stages.done("train")

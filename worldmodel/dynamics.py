@@ -28,7 +28,7 @@ class Dynamics(nn.Module):
 
     def roll_out(self, state: Tensor, times_s: Tensor) -> Tensor:
         """States (B,K+1,C,H,W) at t = 0 and at times_s (B,K), ascending."""
-        states, now = [state], torch.zeros_like(times_s[:, 0])
+        states, now = [state], times_s.new_zeros(len(times_s))
         for k in range(times_s.shape[1]):
             states.append(self.step(states[-1], times_s[:, k] - now))
             now = times_s[:, k]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,7 +158,7 @@ def _stride_s(log: Log) -> float:
     """EVERY_S as a whole number of the reference LiDAR's sweeps, in seconds of their true spacing (a scanner of 10 Hz turns at 9.65 Hz, too)."""
     lidar = log.reference_lidar
     stamps = log.sweep_stamps_ns[lidar]
-    sweeps = max(round(EVERY_S * log.lidars[lidar].rate_hz), 1)
+    sweeps = max(math.ceil(EVERY_S * log.lidars[lidar].rate_hz - 0.55), 1)  # 2.5 sweeps, give or take what a rate is off, are 2
     return sweeps * float(np.median(np.diff(stamps))) / 1e9 if len(stamps) > 1 else EVERY_S
 
 
@@ -300,6 +301,8 @@ def evaluate(
     hidden_sector: the `hidden` pass too. scales: rows (horizon_s, scale_m) of point methods' Laplace distributions, as `laplace_scales`
     fits them on training clips (None: the forecaster's `point_scales`; where there are none, their nll is None). report: (done, total,
     text) per clip. UsageError for data without a clip, and for an unknown method or protocol."""
+    if min(rays_per_sweep, 1 if max_clips is None else max_clips) < 1 or seed < 0 or methods == []:
+        raise UsageError("evaluate: rays_per_sweep and max_clips are above 0, seed is not below 0, and methods, where given, names some")
     chosen = _chosen(forecaster, methods, scales)
     clips = clips_to_evaluate(parts, protocol, max_clips)
     seconds = PROTOCOLS[protocol].seconds if protocol in PROTOCOLS else ()
@@ -312,6 +315,7 @@ def evaluate(
     total = {name: _Tally(chosen.names, subsets, horizons) for name, subsets, horizons in passes}
     of_log = dict(total)
     logs: list[str] = []
+    scored: list[Clip] = []
     rows_by_log: list[Row] = []
     movers: Movers | None = None
     first_error = ""
@@ -344,15 +348,16 @@ def evaluate(
         for name, (sums, counts) in results.items():
             total[name].add(sums, counts, len(logs) - 1)
             of_log[name].add(sums, counts, len(logs) - 1)
-        table.clips += 1
-    if not table.clips:
+        scored.append(clip)
+    table.clips = len(scored)
+    if not scored:
         raise WmError(f"none of the {len(clips)} clips is readable; look at the data with `wm check`; the first is {first_error}")
     rows_by_log += [row for tally in of_log.values() for row in tally.rows(logs[-1])]
     table.extend(row for tally in total.values() for row in tally.rows(None))
     table.extend(rows_by_log)
-    table.logs = len(set(logs))
-    table.seconds = covered_seconds(clips)
-    table.poses = tuple(sorted({clip.log.poses.source for clip in clips if clip.log.poses is not None}))
+    table.logs = len({clip.log.id for clip in scored})
+    table.seconds = covered_seconds(scored)
+    table.poses = tuple(sorted({clip.log.poses.source for clip in scored if clip.log.poses is not None}))
     if report is not None:
         report(len(clips), len(clips), f"{table.unreadable} clips unreadable" if table.unreadable else "")
     return table

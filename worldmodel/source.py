@@ -2,7 +2,7 @@
 
 Preparing a clip costs as much as training on it some eight times. Where all of them fit in memory, each is prepared once and an epoch is a
 shuffle of them. Where they do not, they lie on a ring, and the visits come from a window that moves along it: what is in the window is in
-memory, and a clip is visited `train.visits` times on its way through.
+memory, and a clip is visited VISITS times on its way through.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ LOADERS = max(2, min(16, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) -
 PREFETCH = LOADERS + 1
 ORDERS_KEPT = 3
 FORETELL_EVERY = 4  # steps from one with the future sweep's latent to the next: encoding it costs as much as encoding the input
+VISITS = 16
 WINDOW = 0.8  # of what memory holds: clips differ in size, and loaders run ahead
 FEWEST_BATCHES = 8  # that a window has to hold
 
@@ -147,7 +148,7 @@ class Source:
 
     def order(self, epoch: int) -> Array:
         """(K,) i64: every clip floor(weight) times, and once more with the chance that is left, shuffled; where memory does not hold them all,
-        `train.visits` times as often, each while the window passes it. A function of (seed, rank, epoch)."""
+        VISITS times as often, each while the window passes it. A function of (seed, rank, epoch)."""
         found = self.orders.get(epoch)
         if found is None:
             rng, count = rng_of(self.config.seed, "order", epoch, self.rank), len(self.clips)
@@ -156,7 +157,7 @@ class Source:
                 found = rng.permutation(np.repeat(np.arange(count), times))
             else:
                 place = rng_of(self.config.seed, "ring", self.rank).permutation(count)
-                found = np.repeat(np.arange(count), times * self.config.train.visits)
+                found = np.repeat(np.arange(count), times * VISITS)
                 found = found[np.argsort((place[found] + rng.random(len(found)) * WINDOW * self.room) % count, kind="stable")]
             found = found if len(found) else np.array([int(np.argmax(self.weights))])
             self.orders[epoch] = found

@@ -1,6 +1,7 @@
 """Subsets of rays that a table is split by.
 
-`all`; `moving`, the true return lies in a box, grown by 0.2 m, whose speed in the world over 1 s exceeds 1 m/s; `static`, in no such box;
+`all`; `moving`, the true return lies in a box, grown by 0.2 m, whose speed in the world over 1 s exceeds 1 m/s; `static`, in no such box (where
+points have times of their own, the box is where it was then);
 `vacated`, the ray crosses the place of such a box at t = 0 on its way to the return and does not end on a mover (these three where boxes are
 complete: frames that have boxes at their stamp or lie between such keyframes, within the labelled field of view); `unseen`, no reading of the
 past around the ray lies within 1 m of the truth; `range_...`, by true range.
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sensors.alignment.deskew import deskew
 from sensors.errors import WmError, one_line
 from sensors.evidence import view_from
 from sensors.geometry import in_box_frame, inverse, points_in, pose_at, transform_points
@@ -94,6 +96,17 @@ class Movers:
     def moving(self, stamp_ns: int) -> list[Box]:
         return [box for box in self.boxes_at(stamp_ns) if self.speed(box) > MOVING_M_S]
 
+    def velocity(self, box: Box) -> Array:
+        """(2,) m/s in the world, its axes turned into the ego frame: the box's own, or that of its track, or 0."""
+        if box.velocity is not None and np.isfinite(box.velocity).all():
+            return box.velocity
+        stamps, places = self._tracks.get(box.track, (np.zeros(0, np.int64), np.zeros((0, 2))))
+        near = np.flatnonzero(np.abs(stamps - box.stamp_ns) <= SPEED_WINDOW_S * 0.5e9)
+        if len(near) < 2 or self._log.poses is None:
+            return np.zeros(2)
+        world = (places[near[-1]] - places[near[0]]) / ((stamps[near[-1]] - stamps[near[0]]) / 1e9)
+        return np.asarray(pose_at(self._log.poses, np.array([box.stamp_ns]), 0.1)[0, :2, :2].T @ world)
+
 
 def _moved(box: Box, target_from_box: Array) -> Box:
     """The box in another frame that is turned about z."""
@@ -119,12 +132,12 @@ def subset_masks(clip: Clip, frame: Frame, history: History, rays: Rays, movers:
     masks = dict.fromkeys(SUBSETS, np.zeros(count, bool))
     masks["all"] = np.ones(count, bool)
     if movers.labelled(frame.stamp_ns):
-        local = rays.directions.astype(np.float64) * rays.ranges[:, None]
-        ends = transform_points(clip.log.lidars[clip.lidar].ego_from_lidar, local)
+        ends, late_s = _ends(clip, frame, rays)
         known = np.abs(np.arctan2(ends[:, 1], ends[:, 0])) <= movers.fov_rad
         moving = np.zeros(count, bool)
         for box in movers.moving(frame.stamp_ns):
-            moving |= points_in(box, ends, GROWN_M)
+            since = np.append(movers.velocity(box), 0.0) * late_s[:, None]
+            moving |= points_in(box, ends - since, GROWN_M)
         masks["moving"], masks["static"] = known & moving, known & ~moving
         if movers.labelled(clip.stamp_ns):
             pose = rays.present_from_sensor
@@ -136,6 +149,18 @@ def subset_masks(clip: Clip, frame: Frame, history: History, rays: Rays, movers:
     for (low, high), name in zip(BANDS_M, SUBSETS[-len(BANDS_M) :], strict=True):
         masks[name] = (rays.ranges >= low) & ((rays.ranges < high) | (high == BANDS_M[-1][1]))
     return np.stack([masks[name] for name in SUBSETS])
+
+
+def _ends(clip: Clip, frame: Frame, rays: Rays) -> tuple[Array, Array]:
+    """Where the returns lie in the ego frame at the sweep's stamp (R,3), and how long after it (R,) each was measured: 0 for all of a sweep
+    without times, or brought to one instant before."""
+    lidar, local = clip.log.lidars[clip.lidar], rays.directions.astype(np.float64) * rays.ranges[:, None]
+    sweep = clip.log.read_sweep(clip.lidar, frame.sweep_index)
+    if sweep.time_ns is None or sweep.deskewed or clip.log.poses is None:
+        return transform_points(lidar.ego_from_lidar, local), np.zeros(len(local))
+    late_ns = sweep.time_ns[rays.index]
+    together, _ = deskew(local, late_ns, lidar.ego_from_lidar, clip.log.poses, frame.stamp_ns)
+    return transform_points(lidar.ego_from_lidar, together), late_ns / 1e9
 
 
 def seen(history: History, rays: Rays) -> Array:

@@ -129,6 +129,8 @@ class Trained:
         if hide_sector_rad is not None:
             history = hide_sector(history, *hide_sector_rad)
             frames = [clip.past[-1], *frames]
+        if not frames:
+            raise UsageError(f"{one_line(clip.id)}: no future frame, whose sweep says along which rays to forecast; cut the clip by `clips_of`")
         rays = [rays_of(clip, frame, count) for frame in frames]
         answers = self.raw_mixtures(clip, history, rays, (MODEL,))[MODEL]
         futures = []

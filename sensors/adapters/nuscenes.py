@@ -43,6 +43,7 @@ from sensors.records import MAX_POINTS, Box, Camera, Image, Labels, Lidar, Log, 
 Array = NDArray[Any]
 
 LICENCE = "CC BY-NC-SA 4.0"
+SIMULATED = "CC0-1.0"  # of tables that `wm synth` wrote, whose vehicle is called synthetic
 TABLE_BYTES = 8 << 30
 LIDAR_RATE_HZ, CAMERA_RATE_HZ = 20.0, 12.0
 # our points (x forward, y left) of points on the sensor's axes (x right, y forward)
@@ -424,7 +425,7 @@ class _Recording:
         self.log = Log(
             id=f"nuscenes/{scene.name}",
             dataset="nuscenes",
-            licence=LICENCE,
+            licence=SIMULATED if drive and drive.vehicle == "synthetic" else LICENCE,
             ego_frame="middle of the rear axle, at the ground: x forward, y left, z up",
             lidars=lidars,
             cameras=cameras,

@@ -232,15 +232,22 @@ def _interpolate(ranges, daz, delev, fallback, out):
         out[i] = fallback[i] if np.isnan(inverse) else np.float32(1) / inverse
 
 
+def _triples(values: Array, what: str) -> Array:
+    values = np.ascontiguousarray(values, np.float32)
+    if values.ndim != 2 or values.shape[1] != 3:
+        raise ValueError(f"View: {what} of shape {values.shape}, expected (N, 3)")
+    return values
+
+
 class View:
     """The points of one sweep as seen from the origin of their frame. points (N,3) f32; points that are not finite, or at the origin,
     are left out. elevation_step_rad: spacing of the sensor's beams (cells and the quadrant search follow it). sensor_from_points (4,4): where
     the points are given in another frame than that of the asking sensor."""
 
     def __init__(self, points: Array, elevation_step_rad: float = ELEVATION_STEP_RAD, sensor_from_points: Array | None = None) -> None:
-        points = np.ascontiguousarray(points, np.float32)
-        if points.ndim != 2 or points.shape[1] != 3:
-            raise ValueError(f"View: points of shape {points.shape}, expected (N, 3)")
+        points = _triples(points, "points")
+        if not elevation_step_rad > 0:
+            raise ValueError(f"View: beams {elevation_step_rad} rad apart; give a number above 0")
         self.elevation_step_rad = float(elevation_step_rad)
         self.n_elevation = int(np.ceil(np.pi / self.elevation_step_rad))
         pose = np.eye(4) if sensor_from_points is None else np.ascontiguousarray(sensor_from_points, np.float64)
@@ -252,7 +259,7 @@ class View:
     def nearest(self, directions: Array, limit_rad: float = np.inf) -> tuple[Array, Array, Array]:
         """Per direction (R,3): range (R,) f32 and angle (R,) f32 rad of the reading nearest in angle, and its index (R,) i64 in the
         sweep; NaN, NaN, -1 where none lies within limit_rad. Directions need not be unit vectors."""
-        directions = np.ascontiguousarray(directions, np.float32)
+        directions = _triples(directions, "directions")
         count = len(directions)
         out = np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, np.int64)
         _nearest(directions, *self._cells, self.n_elevation, self.elevation_step_rad, float(limit_rad), *out)
@@ -261,7 +268,7 @@ class View:
     def quadrants(self, directions: Array) -> tuple[Array, Array, Array]:
         """Per direction (R,3) the nearest reading in each quadrant around it within the search window: ranges, azimuth offsets and
         elevation offsets in rad, each (R,4) f32, NaN where there is none. Order: right-below, left-below, right-above, left-above."""
-        directions = np.ascontiguousarray(directions, np.float32)
+        directions = _triples(directions, "directions")
         ranges, daz, delev = (np.empty((len(directions), 4), np.float32) for _ in range(3))
         _quadrants(directions, *self._cells[:5], self.n_elevation, self.elevation_step_rad, ranges, daz, delev)
         return ranges, daz, delev

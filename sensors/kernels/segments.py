@@ -35,9 +35,9 @@ def _scatter_rows(grads, at, out):
 
 def segment_max(values: Array, row: Array) -> tuple[Array, Array]:
     """Per segment v the maximum over rows row[v]..row[v+1]-1 of values (M,C) f32, and the row (V,C) i32 that holds it (the first of equals).
-    row (V+1,) i32 ascending; no segment may be empty."""
-    if len(row) > 1 and (np.diff(row) <= 0).any():
-        raise ValueError("segment_max: an empty segment has no maximum")
+    row (V+1,) i32 ascending, within 0..M; no segment may be empty."""
+    if len(row) > 1 and ((np.diff(row) <= 0).any() or row[0] < 0 or row[-1] > len(values)):
+        raise ValueError("segment_max: an empty segment has no maximum, and none reaches beyond the values")
     out = np.empty((len(row) - 1, values.shape[1]), np.float32)
     at = np.empty(out.shape, np.int32)
     _segment_max(values, row, out, at)

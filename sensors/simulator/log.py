@@ -26,7 +26,8 @@ from sensors.simulator.traffic import EGO_BOX, drive, parked
 Array = NDArray[Any]
 
 LICENCE = "CC0-1.0"
-EPOCH_NS = 1_700_000_000_000_000_000
+EPOCH_NS, APART_NS = 1_700_000_000_000_000_000, 1_000_000_000_000  # stamps of seed 0, and from one seed to the next
+MOST_SEED = 2_900_000  # stamps end at 2^62
 TOP_SPEED_MPS = 22.0
 BOXED_M = 120.0
 MOVING_MPS = 0.2
@@ -39,8 +40,8 @@ def simulate(
 ) -> Log:
     """The log of a seed. lidar: ``hdl64`` or ``hdl32``; cameras: ``none``, ``front``, ``six``, or names of single ones; the scanner turns
     rate_hz times a second, and each `every`-th turn is kept (with its pictures). UsageError for a name or number that makes no sense."""
-    if isinstance(seed, bool) or not 0 <= int(seed) < 1_000_000_000:
-        raise UsageError(f"simulator: seed {seed!r} is not an integer of 0 .. 999999999")
+    if isinstance(seed, bool) or not 0 <= int(seed) <= MOST_SEED:
+        raise UsageError(f"simulator: seed {seed!r} is not an integer of 0 .. {MOST_SEED}")
     if lidar not in MODELS:
         raise UsageError(f"simulator: lidar {lidar!r} is not one of {', '.join(MODELS)}")
     if not 0.2 <= seconds <= 120 or not 1 <= rate_hz <= 50 or every < 1:
@@ -56,7 +57,7 @@ class _Simulation:
         self.model = MODELS[lidar]()
         self.street, self.traffic = drive(build_street(seed, TOP_SPEED_MPS * seconds), seconds)
         self.period_ns = round(1e9 / rate_hz)
-        self.start_ns = EPOCH_NS + seed * 1_000_000_000_000
+        self.start_ns = EPOCH_NS + seed * APART_NS
         turns = np.arange(0, int(np.floor(seconds * rate_hz + 1e-9)), every)
         jitter = np.random.default_rng([seed, 6]).integers(-200_000, 200_001, len(turns))  # clocks are good to 0.2 ms
         self.stamps = self.start_ns + turns * self.period_ns + jitter

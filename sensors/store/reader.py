@@ -219,7 +219,14 @@ class StoredLog:
             raise files.BadFile(f"{what}: its bytes changed (crc32); restore the file or ingest the log again")
         return record
 
+    def _known(self, kind: str, name: str, index: int) -> None:
+        """RecordError where there is no such sensor, or no such item of it."""
+        there = len(self._rows[name]["stamp_ns"]) if name in self._manifest[kind] else 0
+        if not 0 <= index < there:
+            raise RecordError(f"{self._what}: no item {index} of {one_line(name, 60)}; there are {there}")
+
     def read_sweep(self, lidar: str, index: int) -> Sweep:
+        self._known("lidars", lidar, index)
         stamp = int(self._rows[lidar]["stamp_ns"][index])
         if self._manifest["lidars"][lidar]["pack"] is None:
             sweep = self._source.read_sweep(lidar, int(self._rows[lidar]["source_index"][index]))
@@ -228,6 +235,7 @@ class StoredLog:
         return Sweep(lidar, stamp, columns.points, columns.intensity, columns.ring, columns.time_ns, columns.deskewed)
 
     def read_image(self, camera: str, index: int) -> Image:
+        self._known("cameras", camera, index)
         rows = self._rows[camera]
         if self._manifest["cameras"][camera]["pack"] is None:
             image = self._source.read_image(camera, int(rows["source_index"][index]))

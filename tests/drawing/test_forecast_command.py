@@ -15,7 +15,7 @@ def run_folder(street, tmp_path, monkeypatch):
     """A run folder whose model answers with the street, over data of two clips."""
     import sensors.data
     import worldmodel
-    from worldmodel import pretrain, rundir
+    from worldmodel import rundir, source
 
     asked = []
 
@@ -28,7 +28,7 @@ def run_folder(street, tmp_path, monkeypatch):
     monkeypatch.setattr(worldmodel, "load", lambda run, which, device: Model())
     monkeypatch.setattr(sensors.data, "open_data", lambda path: [path])
     monkeypatch.setattr(rundir, "read_config", lambda run: None)
-    monkeypatch.setattr(pretrain, "clips_of_parts", lambda parts, config: (clips, [1.0, 1.0]))
+    monkeypatch.setattr(source, "clips_of_parts", lambda parts, config: (clips, [1.0, 1.0]))
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "data.json").write_text('{"data": ["store"]}')
@@ -54,7 +54,7 @@ def test_a_clip_and_a_hidden_sector_are_asked_of_the_model(run_folder, tmp_path,
     assert clip.startswith("synthetic/street-000002") and centre == 0 and width == pytest.approx(1.0472, abs=1e-4) and count is None
     said = json.loads(capsys.readouterr().out)
     assert set(said["files"]) == {"forecast.npz", "sector.png"} == {path.name for path in out.iterdir()}
-    assert {"method": "none_at_all", "horizon_s": 0.2, "l1_median": None} in said["errors"]
+    assert {"method": "none_at_all", "horizon_s": 0.2, "l1_median": None, "rays": 0} in said["errors"]
 
 
 def test_nothing_is_overwritten_unless_told(run_folder, tmp_path, capsys):
@@ -77,6 +77,8 @@ def test_the_clips_are_listed(run_folder, capsys):
     [
         (["--clip", "no\x1b[31m/such@1"], "none of the 2 clips"),
         (["--formats", "html,pdf"], "pdf"),
+        (["--formats", " , "], "names none"),
+        (["-o", __file__], "is a file"),
         (["--hide-sector", "400"], "degrees"),
         (["--rays", "-1"], "--rays"),
     ],

@@ -95,6 +95,12 @@ def test_hostile_points_are_left_out() -> None:
     assert np.isnan(empty.pixel(np.eye(3, dtype=np.float32))).all()
     with pytest.raises(ValueError, match="expected"):
         View(np.zeros((3, 2), np.float32))
+    for ask in (view.nearest, view.quadrants, view.interpolate):
+        for directions in (np.zeros((3, 2)), np.zeros(3)):
+            with pytest.raises(ValueError, match="directions of shape"):
+                ask(directions)
+    with pytest.raises(ValueError, match="apart"):
+        View(points, 0.0)
 
 
 def test_pixel_takes_the_closest_return_of_its_cell() -> None:

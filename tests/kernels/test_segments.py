@@ -31,3 +31,9 @@ def test_maxima_and_where_they_are(sizes: list[int], channels: int, seed: int) -
 def test_an_empty_run_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         segment_max(np.zeros((3, 2), np.float32), np.array([0, 2, 2, 3], np.int32))
+
+
+@pytest.mark.parametrize("row", [[0, 2, 4], [-1, 2, 3]])
+def test_a_run_beyond_the_values_is_refused(row: list[int]) -> None:
+    with pytest.raises(ValueError, match="beyond"):
+        segment_max(np.zeros((3, 2), np.float32), np.array(row, np.int32))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sensors.simulator.log import simulate
+from sensors.simulator.log import MOST_SEED, simulate
 from sensors.store.reader import open_store
 from worldmodel.tools.cli import main
 
@@ -45,13 +45,17 @@ def test_the_nuscenes_format_is_read_back_as_a_log(tmp_path: Path, capsys: pytes
 
     assert main(["synth", str(tmp_path / "set"), "--logs", "1", *SMALL, "--format", "nuscenes"]) == 0
     (log,) = open_source(tmp_path / "set")
-    assert isinstance(log, Log) and len(log.sweep_stamps_ns[log.reference_lidar]) == 3
+    assert isinstance(log, Log) and len(log.sweep_stamps_ns[log.reference_lidar]) == 3 and log.licence == "CC0-1.0"
     assert "1 logs" in capsys.readouterr().out
 
 
 def test_no_logs_is_a_question_of_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["synth", str(tmp_path / "store"), "--logs", "0"]) == 2
     assert "give at least 1" in capsys.readouterr().err and not (tmp_path / "store").exists()
+    for what in (["--seconds", "0.1"], ["--seed", str(MOST_SEED), "--logs", "2"]):
+        assert main(["synth", str(tmp_path / "store"), *what]) == 2
+        assert "simulator: " in capsys.readouterr().err and not (tmp_path / "store").exists()
+    assert simulate(MOST_SEED, seconds=0.2).sweep_stamps_ns["hdl64"][-1] < 2**62
 
 
 @pytest.mark.slow

@@ -151,6 +151,16 @@ def test_labels_lie_apart_and_come_back_in_the_order_of_the_points(tmp_path, log
         open_store(tmp_path / "s").open_log("made-up/log")
 
 
+def test_what_a_log_does_not_have_is_said(tmp_path, log):
+    write_log(tmp_path / "s", log)
+    stored = open_store(tmp_path / "s").open_log(log.id)
+    lidar, camera = stored.reference_lidar, next(iter(stored.cameras))
+    for ask in (lambda: stored.read_sweep(lidar, -1), lambda: stored.read_sweep(lidar, 99), lambda: stored.read_sweep("no\nsuch", 0),
+                lambda: stored.read_sweep(camera, 0), lambda: stored.read_image(camera, -1), lambda: stored.read_image(lidar, 0)):  # fmt: skip
+        with pytest.raises(RecordError, match="no item"):
+            ask()
+
+
 def test_a_log_written_without_labels_has_none(tmp_path, log):
     manifest = write_log(tmp_path / "s", log, labels=False)
     assert manifest["labels"] is None and open_store(tmp_path / "s").open_log("made-up/log").open_labels() is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import worldmodel
-from sensors.clips import clips_of
+from sensors.clips import clips_at, clips_of
 from sensors.errors import UsageError, WmError
 from sensors.rays import history_of, rays_of
 from sensors.records import Labels
@@ -59,6 +59,15 @@ def test_a_forecast_has_everything_a_picture_needs(trained, parts):
     assert sum(int(f.hidden.sum()) for f in forecast.futures) > 0
     assert forecast.futures[1].intensity.min() >= 0 and forecast.futures[1].colour.shape[1] == 3
     assert "accumulate_nearest" in forecast.futures[0].baselines
+
+
+def test_without_a_future_only_the_present_can_be_asked_about(trained, parts):
+    log = parts[0].log
+    clip = clips_at(log, log.sweep_stamps_ns[log.reference_lidar][-1:], past=trained.config.model.past)[0]
+    with pytest.raises(UsageError, match="no future frame"):
+        trained.forecast(clip, count=16)
+    (present,) = trained.forecast(clip, hide_sector_rad=(0.0, 1.0), count=64).futures
+    assert present.horizon_s == 0 and np.isfinite(present.ranges).all()
 
 
 def test_an_export_arrives_whole(handed):

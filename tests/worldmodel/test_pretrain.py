@@ -126,6 +126,13 @@ def test_checkpoints_beyond_a_million_steps_are_the_newest(run, tmp_path):
     assert found.step == 8 and len(bad) == 1 and "step_1000500" in bad[0]
 
 
+def test_a_checkpoint_is_the_one_that_was_asked_for(run):
+    assert checkpoint.load(run, "step_000004").step == 4
+    for which in ("nonsense", "step_999999", "step_4", "../config.yaml", "Latest"):
+        with pytest.raises(UsageError, match=r"is not best, latest, or one of those kept \(step_000004, step_000008\)"):
+            checkpoint.load(run, which)
+
+
 def test_clips_come_in_endless_epochs_and_ranks_share_them_out(parts):
     config = tiny("train.cache_gb=8")
     clips, _ = clips_of_parts(parts, config)
@@ -145,8 +152,8 @@ def test_clips_come_in_endless_epochs_and_ranks_share_them_out(parts):
 
 
 def test_clips_that_do_not_all_fit_in_memory_are_prepared_once_and_seen_many_times(monkeypatch):
-    """400 clips and room for 200 of them: each comes `visits` times its weight an epoch, while few enough others do that it stays prepared."""
-    config = tiny("train.cache_gb=0.0002", "train.visits=16", "train.steps=5000", "train.clips=4", "train.dense_clips=4", "train.prior_clips=4")
+    """400 clips and room for 200 of them: each comes 16 times its weight an epoch, while few enough others do that it stays prepared."""
+    config = tiny("train.cache_gb=0.0002", "train.steps=5000", "train.clips=4", "train.dense_clips=4", "train.prior_clips=4")
     clip = type("Clip", (), {"nbytes": int(0.0002 * 2**30) // 200})
     made = []
     monkeypatch.setattr(source_module, "prepare", lambda index, config: made.append(index) or clip)

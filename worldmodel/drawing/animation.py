@@ -33,7 +33,7 @@ def seconds(value: float) -> str:
 def scored(future: RayForecast, ranges: Array) -> Array:
     """Absolute range errors (S,) in metres of the rays with a truth and an answer; where part of the past was withheld, of the hidden rays."""
     error = np.abs(ranges - future.truth)
-    kept = np.isfinite(error) if future.hidden is None or not future.hidden.any() else np.isfinite(error) & future.hidden
+    kept = np.isfinite(error) if future.hidden is None else np.isfinite(error) & future.hidden
     return error[kept]
 
 
