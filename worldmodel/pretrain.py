@@ -33,6 +33,8 @@ Loss = Callable[[WorldModel, Batch, Any], Tensor | None]  # None: this batch ask
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
+PRIOR = ("rays.evidence", "rays.blind")  # the part of the model that learns at `train.lr`
+STATE_RATE = 2.0  # of that, for all others: encoder, state, and how it is read
 
 
 def objectives(weights: dict[str, float]) -> dict[str, Loss]:
@@ -135,8 +137,7 @@ def train(
     model = WorldModel(config).to(device)
     if tc.channels_last == "on":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # the prior part of the ray head learns fastest
-    rate_of = lambda name: tc.lr if name.startswith(("rays.evidence", "rays.blind")) else 0.5 * tc.lr  # noqa: E731
+    rate_of = lambda name: tc.lr if name.startswith(PRIOR) else STATE_RATE * tc.lr  # noqa: E731
     optimizers = optimizers_of(model, model.deep, rate_of, tc.weight_decay)
     losses = objectives(config.objectives)
     first, elapsed, best, random_rank = 0, 0.0, math.inf, math.nan
