@@ -117,6 +117,7 @@ def test_a_wrong_key_is_refused_with_the_nearest():
     "model.channels=6", "encoder.layers=[]", "encoder.pfn_widths=[]", "encoder.pfn_widths=[0]", "encoder.low=[]", "encoder.high=[.inf,51.2,3]",
     "encoder.voxel=[0,0.4,6]", "encoder.strides=[0,2,2]", "encoder.max_points=-1", "seed=-1", "objectives.moving=-1", "objectives.moving=.inf",
     "train.steps=1" + 400 * "0", "encoder.features=[x,y,z,dt,dt]", "encoder.pfn_widths=[15,16]",
+    "encoder.padded_slots=true",
 ])  # fmt: skip
 def test_a_number_that_cannot_be_is_refused_with_its_key(wrong):
     from sensors.errors import UsageError

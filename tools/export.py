@@ -44,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
         print_json("export", folder=str(folder), **report)
     else:
         show(str(folder), report)
-        print(importlib.import_module(f"worldmodel.export.{args.to}").snippet(folder))
+        print(importlib.import_module(f"worldmodel.export.{args.to}").snippet(folder.resolve()))
     return 0 if report["passed"] else 1

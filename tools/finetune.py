@@ -52,11 +52,13 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from sensors.data import open_data
-    from sensors.errors import UsageError
+    from sensors.errors import UsageError, one_line
     from sensors.files import write_json
     from worldmodel import finetune, validation
     from worldmodel.tools.terminal import print_json, reporter
 
+    if args.output and Path(args.output).is_dir():
+        raise UsageError(f"{one_line(args.output)}: is a folder; give a file with -o")
     train = [part for path in args.data for part in open_data(path)]
     if args.test:
         test = [part for path in args.test for part in open_data(path)]
@@ -93,7 +95,7 @@ def _results(args: argparse.Namespace, test: list[Any], every_s: float) -> tuple
     from pathlib import Path
 
     from sensors.adapters.nuscenes import keyframes, tables_of
-    from sensors.errors import UsageError
+    from sensors.errors import UsageError, one_line
     from worldmodel import results
     from worldmodel.devkit import Devkit
 
@@ -102,7 +104,9 @@ def _results(args: argparse.Namespace, test: list[Any], every_s: float) -> tuple
         if args.tables is not None:
             raise UsageError("--tables: what is scored are the files of --results; give that too")
         return lambda trial, result: None, scores
-    folder = Path(args.results)
+    folder, logs = Path(args.results), [part.log.id for part in test]
+    if twice := [log for i, log in enumerate(logs) if log in logs[:i]]:
+        raise UsageError(f"--results: log {one_line(twice[0])} is twice in the test data, and its files can be written once")
     tables, devkit = {}, None
     if args.tables is not None:
         version = tables_of(Path(args.tables), {})
@@ -134,7 +138,7 @@ def _show(task: str, logs: int, rows: list[dict[str, Any]], scores: list[dict[st
     print_table(
         f"{task}: {name} on {logs} test logs, mean over seeds",
         ["labels", "arm", "logs", "frames", name, "std", "minus scratch", "std", "steps"],
-        [(f"{100 * r['fraction']:g}%", r["arm"], r["logs"], r["frames"], f"{r['score_mean']:.3f}", spread(r["score_std"]),
+        [(f"{100 * r['fraction']:g}%", r["arm"], r["logs"], r["frames"], spread(r["score_mean"]), spread(r["score_std"]),
           number(r["minus_scratch"]), spread(r["minus_scratch_std"]), f"{r['steps_mean']:.0f}") for r in rows],
     )  # fmt: skip
     if scores:

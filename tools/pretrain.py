@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
     import os
 
-    from sensors.errors import UsageError
+    from sensors.errors import Interrupted, UsageError
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the core that prepares the next batch
     import torch
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         autocast, channels_last = validation.probe_bf16(config, device)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, autocast=autocast, channels_last=channels_last))
     parts = [part for path in data for part in open_data(path)]
+    probed_on = [part for path in args.probe for part in open_data(path)]
     if args.resume:
         rundir.check_same_data(folder, parts)
     elif rank == 0:
@@ -80,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
         with lock(folder / ".lock", f"run {folder}"):
             try:
                 pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict, report=report)
-            except UsageError:
+            except Interrupted:
+                raise
+            except Exception:
                 if not args.resume and not (folder / "checkpoints").exists():  # it never began: the corrected command may have the folder
                     remove(folder / "config.yaml")
                 raise
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     names = ("val/nll_model", "val/nll_evidence_only", "val/nll_model@no_evidence", "val/median_model", "health/rank", "health/skill")
     curves = {name: rundir.curve(folder, name)[1] for name in names}
     last = {name: values[-1] for name, values in curves.items() if values}
-    probed = _probed(folder, args.probe, str(device))
+    probed = _probed(folder, probed_on, str(device))
     if args.json:
         print_json("pretrain", run=str(folder), steps=config.train.steps, validation=last, probe=probed)
         return 0
@@ -113,15 +116,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _probed(folder: Path, data: list[str], device: str) -> list[dict[str, Any]]:
-    """Rows of the probe on labelled logs, also written to probe.json; empty where none were given."""
-    if not data:
+def _probed(folder: Path, parts: list[Any], device: str) -> list[dict[str, Any]]:
+    """Rows of the probe on labelled logs, also written to probe.json; empty where none were given, or too few."""
+    if not parts:
         return []
+    import sys
+
     import worldmodel
-    from sensors.data import open_data
     from sensors.files import write_json
     from worldmodel.probe import probe
 
-    rows = probe(worldmodel.load(folder, device=device), [part for path in data for part in open_data(path)])
+    rows = probe(worldmodel.load(folder, device=device), parts)
     write_json(folder / "probe.json", rows)
+    if not rows:
+        print("nothing was probed: --probe wants two logs at least, with labels all round; --resume RUN --probe D asks again", file=sys.stderr)
     return rows

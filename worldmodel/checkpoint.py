@@ -58,7 +58,7 @@ def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Mo
 
 def save(run: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None, state: dict[str, Any]) -> Path:
     """Write `checkpoints/step_STEP`, point `latest` at it (and `best` where ``state["best"]`` says so), and drop old ones."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}  # shared ones are stored twice
     for name, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise WmError(f"checkpoint at step {step}: {name} holds values that are not finite; lower train.lr and resume from the one before")

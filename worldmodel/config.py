@@ -88,6 +88,8 @@ class Encoder:
 
     def __post_init__(self) -> None:
         _within_bounds(self, "encoder.")
+        if self.padded_slots and min(self.max_points_per_pillar, self.max_pillars) < 1:
+            raise UsageError("encoder.padded_slots: give encoder.max_points_per_pillar and encoder.max_pillars too, above 0")
         if not len(self.layers) == len(self.strides) == len(self.widths) == len(self.upsample_strides) == len(self.upsample_widths):
             raise UsageError("encoder: layers, strides, widths, upsample_strides and upsample_widths are one entry a block each")
         if not len(self.low) == len(self.high) == len(self.voxel) == 3 or any(high <= low for low, high in zip(self.low, self.high, strict=True)):
@@ -100,6 +102,13 @@ class Encoder:
             raise UsageError(f"encoder: {self.grid[0]}x{self.grid[1]} pillars, more than {MAX_CELLS}; raise voxel or narrow low..high")
         if any(width % 2 for width in self.pfn_widths[:-1]):
             raise UsageError(f"encoder.pfn_widths: {list(self.pfn_widths)}; all but the last are even")
+
+    @property
+    def thinning(self) -> str | None:
+        """How sweeps are thinned before the encoder sees them (`worldmodel.batches.thinned`), in words; None where they are not."""
+        if not self.max_points:
+            return None
+        return f"the newest sweep to {self.max_points} points, older ones to half of that, drawn with a weight of their distance up to 15 m"
 
     def check_maps(self) -> None:
         """UsageError where the blocks of the pillar encoder would give maps of several sizes."""
@@ -289,7 +298,7 @@ def _hint(near: list[str]) -> str:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any], path: str, source: str) -> dict[str, Any]:
-    """`over` laid on `base`; the weights of the objectives are replaced as a whole, everything else key by key."""
+    """`over` laid on `base`; key by key; objectives may be new ones."""
     out = dict(base)
     for key, value in over.items():
         here = f"{path}{key}"

@@ -209,7 +209,7 @@ class Trial:
         parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
         optimizer = torch.optim.AdamW(groups, plan.rates[0], betas=(0.9, 0.99), weight_decay=1e-2)
         curve: list[tuple[int, float]] = []
-        best, since, step, fall = (-1.0, self._weights()), 0, 0, 0
+        best, since, step, fall = (-float("inf"), self._weights()), 0, 0, 0
         while step < plan.most_steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["share"] * plan.rates[fall] * min(1.0, (step + 1) / 30)
@@ -234,7 +234,7 @@ class Trial:
             curve.append((step, value))
             if report:
                 report(step, value)
-            if value > best[0] + 1e-4 or best[0] <= 0:  # at 0 a detector has only not started yet
+            if value > best[0] + 1e-4 or value == best[0] == 0:  # at 0 a detector has only not started yet
                 best, since = (value, self._weights()), 0
             else:
                 since += 1
@@ -275,6 +275,12 @@ def finetune(
         raise UsageError(f"--task {one_line(task_name)}: not one of {', '.join(tasks())}")
     if wrong := sorted(set(arms) - set(ARMS)):
         raise UsageError(f"--arms {one_line(wrong[0])}: not one of {', '.join(ARMS)}")
+    if wrong := [f for f in fractions if not 0 < f <= 1] or [f for i, f in enumerate(fractions) if f in fractions[:i]]:
+        raise UsageError(f"--fractions {wrong[0]:g}: give shares above 0 and up to 1, each once")
+    if len(set(arms)) < len(arms) or not arms or not seeds:
+        raise UsageError("--arms and --seeds: give each arm once, and one seed at least")
+    if plan.most_steps < 1:
+        raise UsageError(f"--steps {plan.most_steps}: give at least 1")
     keep_freed_memory()
     torch.set_num_threads(plan.threads)
     torch.use_deterministic_algorithms(plan.device.type == "cpu")
@@ -287,6 +293,8 @@ def finetune(
     names = sorted({part.log.id for part in train_parts if part.log.open_labels() is not None})
     held_logs = set(rng_of("held").permutation(names)[: max(1, round(plan.validation * len(names)))].tolist()) if len(names) > 2 else set(names)
     pool = [name for name in names if name not in held_logs] or names
+    if len(names) <= 2:
+        say(0, len(todo), "of one or two labelled logs none is held out: when a rate falls and a trial ends, the training logs decide")
     wanted = held_logs | set(drawn(pool, max(fractions)))
     train_frames = examples([part for part in train_parts if part.log.id in wanted], task, start.config, plan.every_s, reading)
     test_frames = examples(test_parts, task, start.config, plan.every_s, reading, "test")
@@ -327,12 +335,16 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             scores = np.array([r.score for r in these])
             paired = np.array([r.score - scratch[r.seed] for r in these if r.seed in scratch])
             rows.append({"fraction": fraction, "arm": arm, "seeds": len(these), "logs": these[0].logs, "frames": these[0].frames,
-                         "score_mean": float(scores.mean()), "score_std": float(scores.std(ddof=1)) if len(scores) > 1 else None,
-                         "minus_scratch": float(paired.mean()) if len(paired) else None,
-                         "minus_scratch_std": float(paired.std(ddof=1)) if len(paired) > 1 else None,
+                         "score_mean": _finite(scores.mean()), "score_std": _finite(scores.std(ddof=1)) if len(scores) > 1 else None,
+                         "minus_scratch": _finite(paired.mean()) if len(paired) else None,
+                         "minus_scratch_std": _finite(paired.std(ddof=1)) if len(paired) > 1 else None,
                          "steps_mean": float(np.mean([r.steps for r in these]))})  # fmt: skip
     return rows
 
 
 def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    return [asdict(r) for r in results]
+    return [{**asdict(r), "score": _finite(r.score), "curve": [(step, _finite(value)) for step, value in r.curve]} for r in results]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

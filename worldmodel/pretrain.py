@@ -190,7 +190,8 @@ def train(
             with autocast:
                 output = model(batch)
                 terms = {name: term for name, loss in losses.items() if (term := loss(model, batch, output)) is not None}
-            total = torch.stack([config.objectives[name] * term.float() for name, term in terms.items()]).sum()
+            none = torch.zeros((), device=device, requires_grad=True)  # a step that asks nothing of any objective changes nothing
+            total = torch.stack([none, *(config.objectives[name] * term.float() for name, term in terms.items())]).sum()
             if not torch.isfinite(total):
                 wrong = [name for name, term in terms.items() if not torch.isfinite(term)]
                 raise WmError(f"step {step}: {', '.join(wrong) or 'the loss'} is not finite on clips {', '.join(batch.clips)}; "

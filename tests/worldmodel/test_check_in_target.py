@@ -14,7 +14,7 @@ from sensors.clips import clips_of
 from sensors.rays import history_of
 from worldmodel.batches import past_clouds
 from worldmodel.config import load_config
-from worldmodel.export.verify import export
+from worldmodel.export.verify import export, verify
 from worldmodel.handover import check_in_target as ours
 from worldmodel.handover.openpcdet_modules import Detector, collated, load_params, settings_of
 
@@ -260,10 +260,14 @@ def test_an_export_without_data_checks_what_it_can(untrained, tmp_path):
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
     assert manifest["statistics"] is None
     cloud = np.zeros((4, 4), np.float32)
-    only(ours.check(cloud, folder=tmp_path / "export"), "4 columns per point, expected 5")
+    nothing, columns = ours.check(cloud, folder=tmp_path / "export")
+    assert "no statistics" in nothing and columns.startswith("4 columns per point, expected 5")
+    assert any("no statistics" in note for note in verify(tmp_path / "export")["notes"])
 
 
-def test_the_thinning_of_our_training_is_not_asked_of_others(folder, loaded):
+def test_the_thinning_of_our_training_is_told_and_not_asked_of_others(folder, loaded, script):
     manifest = json.loads((folder / "manifest.json").read_text())
+    assert "8000 points" in manifest["input"]["thinning"] and manifest["statistics"]["shown"] < manifest["statistics"]["points"]
+    assert script.check([script.stored_cloud()]) == []
     assert manifest["statistics"]["of"] == "export" and manifest["statistics"]["points"] == pytest.approx(np.mean([len(c) for c in loaded]), rel=0.3)
     assert dataclasses.asdict(load_config("tiny").encoder)["max_points"] < manifest["statistics"]["points"]

@@ -10,7 +10,7 @@ from sensors.errors import UsageError
 from worldmodel.config import load_config
 from worldmodel.encoders.contract import Clouds, build_encoder
 from worldmodel.encoders.pillars import PillarEncoder
-from worldmodel.encoders.standalone import Encoder
+from worldmodel.encoders.standalone import Encoder, thinned
 from worldmodel.sampling import sample_maps
 
 
@@ -46,6 +46,28 @@ def test_the_encoder_and_its_restatement_agree(overrides):
         want = theirs.eval()(clouds)
     assert got.shape == want.shape and got.abs().max() > 0.1
     assert (got - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("overrides", [(), ("encoder.padded_slots=true", "encoder.max_points_per_pillar=5", "encoder.max_pillars=150")])
+def test_they_agree_while_they_train_too(overrides):
+    """Statistics of a norm are those of the batch, not of one cloud; a cloud with one point has none of its own."""
+    config = load_config("tiny", overrides).encoder
+    ours = with_statistics(build_encoder(config)).train()
+    theirs = Encoder({f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    clouds = [cloud(2000, 1), cloud(1, 4), cloud(0, 2), cloud(300, 3)]
+    with torch.no_grad():
+        got, want = ours(Clouds(torch.cat(clouds), tuple(len(c) for c in clouds))), theirs.train()(clouds)
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.allclose(mine, other, atol=1e-5), name
+
+
+def test_a_thinned_sweep_keeps_its_order_and_more_of_what_is_far():
+    points = torch.arange(10_000, dtype=torch.float32)[:, None].repeat(1, 5) / 250
+    few = thinned(points, 2000)
+    assert len(few) == 2000 and (few[1:, 0] > few[:-1, 0]).all() and (few[:, 0] > 20).float().mean() > 0.6
+    assert thinned(points, 0) is points and thinned(points, 10_000) is points
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -122,6 +122,94 @@ def test_a_changed_tensor_is_named(pretrained, tmp_path):
     assert report["reasons"] == ["backbone_2d.blocks.0.2.bias holds other values than were exported"]
 
 
+ODD = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    channels, cell_m = 4, 1.6
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Parameter(torch.ones(4))
+
+    def forward(self, clouds):
+        return self.first[:, None, None] * torch.ones(len(clouds.sizes), 4, 32, 32)
+
+
+def tied(config):
+    return Net()
+
+
+def raises(config):
+    raise KeyError("mine")
+
+
+def attribute(config):
+    net = Net()
+    net.forward = lambda clouds: clouds.nothing
+    return net
+
+
+def listed(config):
+    net = Net()
+    net.forward = lambda clouds: [1]
+    return net
+
+
+def double(config):
+    net = Net()
+    net.forward = lambda clouds: torch.ones(2, 4, 32, 32, dtype=torch.float64)
+    return net
+
+
+def flat(config):
+    net = Net()
+    net.cell_m = 0
+    return net
+
+
+def halves(config):
+    net = Net()
+    net.channels = 4.0
+    return net
+
+
+def extra(config):
+    class Other(Net):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    return Other()
+"""
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [("raises", "KeyError"), ("attribute", "AttributeError"), ("listed", "gave list"), ("double", "float64"), ("flat", "cell_m 0"),
+     ("halves", "channels 4.0"), ("extra", "_extra_state")],
+)  # fmt: skip
+def test_a_mistake_in_an_encoder_is_one_line_and_leaves_the_folder_free(store, tmp_path, monkeypatch, capsys, build, says):
+    (tmp_path / "odd.py").write_text(ODD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("odd", None)
+    command = ["pretrain", "--config", "tiny", "--data", str(store), "-o", str(tmp_path / "run"), "--encoder", f"odd:{build}"]
+    for _ in range(2):  # the second time as at first: nothing is in the way
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+def test_parameters_that_are_shared_are_stored(parts, tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text(ODD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("odd", None)
+    run = train(parts[:2], tmp_path / "run", tiny("train.steps=1", "encoder.build=odd:tied"))
+    weights = load_checkpoint(run, "latest").weights
+    assert torch.equal(weights["encoder.first"], weights["encoder.second"])
+
+
 FORGETFUL = """
 import torch
 from torch import nn

@@ -138,6 +138,46 @@ def test_finetuning_compares_all_arms_on_the_same_terms(run, parts):
     assert next(r for r in rows if r["arm"] == "scratch" and r["fraction"] == 1.0)["minus_scratch"] == 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [(["--fractions", "nan"], "--fractions nan"), (["--fractions", "0"], "--fractions 0"), (["--fractions", "7"], "--fractions 7"),
+     (["--fractions", "0.5", "0.5"], "each once"), (["--seeds", "0"], "one seed"), (["--arms", "scratch", "scratch"], "each arm once"),
+     (["--steps", "-3"], "--steps -3"), (["-o", "."], "is a folder")],
+)  # fmt: skip
+def test_finetuning_refuses_what_cannot_be_before_it_reads_a_frame(run, store, capsys, asked, says, monkeypatch):
+    monkeypatch.setattr(finetune, "examples", lambda *rest: pytest.fail("frames were read"))
+    assert main(["finetune", "--from", str(run), "--data", str(store), *asked]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_best_of_scores_below_zero_is_kept_and_what_is_no_number_is_written_as_none(run, parts, monkeypatch):
+    from worldmodel.downstream import bev_segmentation
+    from worldmodel.start import open_start
+
+    start = open_start(run)
+    frames = finetune.examples(parts[:1], bev_segmentation, start.config, 0.5)
+    scores, heads = iter((-0.5, -0.2, -0.4, -0.6, -0.7)), []
+
+    def score(self, examples):
+        heads.append(self.head.layers[3].bias.item())
+        return next(scores)
+
+    monkeypatch.setattr(finetune.Trial, "score", score)
+    plan = finetune.Plan(batch=1, rates=(1e-2,), least_steps=0, most_steps=5, every=1, patience=2, threads=1)
+    trial = finetune.Trial(start, "pretrained_frozen", 0, bev_segmentation, plan)
+    taken, _ = trial.train(frames, frames)
+    assert taken == 4 and trial.head.layers[3].bias.item() == heads[1]
+    result = finetune.Result("scratch", 1.0, 0, float("nan"), 4, 1.0, 1, 1, ((1, float("nan")),))
+    assert json.loads(json.dumps([finetune.as_json([result]), finetune.summary([result])], allow_nan=False))[0][0]["score"] is None
+
+
+def test_bicycles_are_no_vehicles_in_any_dataset():
+    from worldmodel.downstream.bev_segmentation import is_vehicle
+
+    assert not any(map(is_vehicle, ("vehicle.bicycle", "vehicle.motorcycle", "cyclist", "bicycle", "pedestrian")))
+    assert all(map(is_vehicle, ("vehicle.car", "vehicle.bus.rigid", "vehicle.construction", "car", "van", "Truck")))
+
+
 def test_finetuning_without_a_thread_is_a_question_of_usage(run, store, capsys):
     from worldmodel.tools.cli import main
 

@@ -99,6 +99,13 @@ def test_a_card_that_says_something_else_is_flagged(handed, tmp_path):
     assert report["reasons"] == ["README.md: its license is not that of the manifest"]
 
 
+def test_columns_in_another_order_are_flagged(handed, tmp_path):
+    config = json.loads((handed[0] / "config.json").read_text())
+    swapped = json.dumps({**config, "features": ["x", "y", "z", "dt", "intensity"]}).encode()
+    report = verify(edited(handed[0], tmp_path / "other", {"config.json": swapped}))
+    assert not report["passed"] and any("features is" in reason for reason in report["reasons"])
+
+
 def test_code_that_is_not_ours_is_not_run(handed, tmp_path):
     marker = tmp_path / "ran"
     other = edited(

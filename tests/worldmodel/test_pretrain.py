@@ -126,6 +126,24 @@ def test_checkpoints_beyond_a_million_steps_are_the_newest(run, tmp_path):
     assert found.step == 8 and len(bad) == 1 and "step_1000500" in bad[0]
 
 
+def test_an_objective_that_is_not_asked_at_every_step_can_stand_alone(parts, tmp_path):
+    alone = tiny("train.steps=4", *(f"objectives.{name}={int(name == 'future_latent')}" for name in tiny().objectives))
+    run = train(parts, tmp_path / "run", alone)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/future_latent" in line] == [1] and all(np.isfinite(line["train/loss"]) for line in lines)
+
+
+def test_a_probe_that_cannot_be_is_said(store, tmp_path, capsys):
+    from worldmodel.tools.cli import main
+
+    command = ["pretrain", "--config", "tiny", "--data", str(store), "-o", str(tmp_path / "run"), "--set", "train.steps=1", "train.warmup=1"]
+    assert main([*command, "--probe", str(tmp_path / "nowhere.yaml")]) != 0 and not (tmp_path / "run").exists()  # before the training
+    (tmp_path / "one.yaml").write_text(f"- {{store: {store}, log: synthetic/street-000007}}\n")
+    capsys.readouterr()
+    assert main([*command, "--probe", str(tmp_path / "one.yaml")]) == 0
+    assert "nothing was probed" in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_the_one_that_was_asked_for(run):
     assert checkpoint.load(run, "step_000004").step == 4
     for which in ("nonsense", "step_999999", "step_4", "../config.yaml", "Latest"):

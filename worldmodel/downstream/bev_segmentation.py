@@ -26,6 +26,7 @@ Array = NDArray[Any]
 
 SCORE = "IoU"
 VEHICLES = ("car", "van", "truck", "bus", "trailer", "tram", "construction_vehicle", "vehicle")
+CYCLES = ("vehicle.bicycle", "vehicle.motorcycle")  # of nuScenes; other datasets do not count theirs among vehicles
 POSITIVE_WEIGHT = 3.0
 
 
@@ -42,7 +43,8 @@ class Example:
 
 
 def is_vehicle(category: str) -> bool:
-    return category.lower().split(".")[-1] in VEHICLES or category.lower().startswith("vehicle.")
+    kind = category.lower()
+    return kind.split(".")[-1] in VEHICLES or (kind.startswith("vehicle.") and kind not in CYCLES)
 
 
 def example_of(clip: Clip, labels: Labels, config: Config) -> Example:

@@ -1,10 +1,11 @@
 """The pillar encoder in torch alone: this one file, `config.json` and `model.safetensors` beside it are all that is needed to use it.
 
-    from encoder import load
+    from encoder import load, thinned
     encoder = load("FOLDER")                      # an nn.Module in eval mode
-    maps = encoder([points])                      # (N,F) float32 clouds -> (B,C,H,W); rows go along y, columns along x, from `low` upwards
+    maps = encoder([thinned(points, 20000)])      # (N,F) float32 clouds -> (B,C,H,W); rows go along y, columns along x, from `low` upwards
 
-Points carry the columns that ``encoder.config["features"]`` names, in the LiDAR's frame, metres, intensity 0..1, dt in seconds >= 0.
+Points carry the columns that ``encoder.config["features"]`` names, in the LiDAR's frame, metres, intensity 0..1, dt in seconds >= 0. Where
+``encoder.config["max_points"]`` is not 0, it was trained on sweeps that were `thinned` to so many points, those before the newest to half.
 Module names are OpenPCDet's (`vfe.pfn_layers.*`, `backbone_2d.blocks.*`, `backbone_2d.deblocks.*`).
 """
 
@@ -18,6 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def thinned(points: Tensor, most: int) -> Tensor:
+    """At most `most` points of one sweep (N,F), in their order: drawn, near ones less often, since they lie close together (0: all)."""
+    if not most or len(points) <= most:
+        return points
+    weight = (points[:, :2].norm(dim=1) / 15.0).clamp(0.1, 1.0)
+    keys = torch.rand(len(points), device=points.device).log() / weight  # Efraimidis & Spirakis, 2006
+    return points[keys.topk(most).indices.sort().values]
 
 
 def cells_of(points: Tensor, low: Sequence[float], high: Sequence[float], voxel: Sequence[float]) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -105,18 +115,22 @@ class Encoder(nn.Module):
     def forward(self, clouds: Sequence[Tensor]) -> Tensor:
         box = (self.config["low"], self.config["high"], self.config["voxel"])
         ny, nx = (round((box[1][i] - box[0][i]) / box[2][i]) for i in (1, 0))
-        canvas = []
-        for points in clouds:
+        features, pillars, cells, count = [], [], [], 0
+        for index, points in enumerate(clouds):
             if self.config["padded_slots"]:
-                x, cells = padded(points, *box, self.config["max_points_per_pillar"], self.config["max_pillars"])
-                values = self._padded_features(x)
+                x, own = padded(points, *box, self.config["max_points_per_pillar"], self.config["max_pillars"])
             else:
-                x, pillar, cells = grouped(points, *box)
-                values = self._grouped_features(x, pillar, len(cells))
-            flat = torch.zeros(ny * nx, values.shape[1], device=points.device)
-            flat[cells] = values
-            canvas.append(flat.T.reshape(-1, ny, nx))
-        x = torch.stack(canvas)
+                x, pillar, own = grouped(points, *box)
+                pillars.append(pillar + count)
+            features.append(x)
+            cells.append(own + index * ny * nx)
+            count += len(own)
+        width = self.vfe.pfn_layers[-1].linear.out_features
+        flat = torch.zeros(len(clouds) * ny * nx, width, device=features[0].device)
+        if count:  # all clouds at once: while it trains, the norms' statistics are of the batch
+            x = torch.cat(features)
+            flat[torch.cat(cells)] = self._padded_features(x) if self.config["padded_slots"] else self._grouped_features(x, torch.cat(pillars), count)
+        x = flat.view(len(clouds), ny * nx, width).transpose(1, 2).reshape(len(clouds), width, ny, nx)
         lifted = []
         for block, deblock in zip(self.backbone_2d.blocks, self.backbone_2d.deblocks):
             x = block(x)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def verify(folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"missing": [], "unexpected": [], "mismatched": [], "difference": 0.0}
     if "encoder.py" in names:
         proof = standalone_folder.prove(folder)
-        report |= proof | {"encoder_tensors": f"{proof['loaded']} of {proof['tensors']}"}
+        reasons = standalone_folder.inputs_that_differ(folder, standalone_folder.config_of(folder), manifest.get("input"))
+        report |= proof | {"encoder_tensors": f"{proof['loaded']} of {proof['tensors']}", "reasons": reasons}
     rows, whole, first = 0, 0, None
     for name in (name for name in names if name.startswith("features/")):
         try:
@@ -141,9 +143,9 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def snippet(folder: Path) -> str:
     """What the user does next."""
-    return (f'import numpy as np, pyarrow.parquet as pq\ntable = pq.read_table("{folder}/features")   # a row per frame\n'
+    return (f'import numpy as np, pyarrow.parquet as pq\ntable = pq.read_table({str(folder / "features")!r})   # a row per frame\n'
             'maps = np.stack([np.frombuffer(m.as_py(), "<f2").reshape(s.as_py()) for m, s in zip(table["map"], table["shape"])])   # (N,C,H,W)\n'
-            f"wm similar {folder} --clip LOG@STAMP_NS")  # fmt: skip
+            f"wm similar {shlex.quote(str(folder))} --clip LOG@STAMP_NS")  # fmt: skip
 
 
 def layout_of(encoder: nn.Module, config: Config) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Beside them lie `encoder.py`, which loads the encoder with torch alone, the proo
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,13 +47,17 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = check_folder(folder)
     report = {**standalone_folder.prove(folder), "expected": int(manifest["tensors"])}
     said, wanted = _front(folder), _front_matter(manifest)
-    return {**report, "reasons": [f"{CARD}: its {one_line(key)} is not that of the manifest" for key in wanted if said.get(key) != wanted[key]]}
+    differ = standalone_folder.inputs_that_differ(folder, standalone_folder.config_of(folder), manifest.get("input"))
+    return {
+        **report,
+        "reasons": [*differ, *(f"{CARD}: its {one_line(key)} is not that of the manifest" for key in wanted if said.get(key) != wanted[key])],
+    }
 
 
 def snippet(folder: Path) -> str:
     """What the user does next."""
     return (f"read {folder / CARD}: the licence of the data binds the weights. Then, where huggingface_hub is installed and you are logged in:\n"
-            f"hf upload YOUR_NAME/YOUR_MODEL {folder}")  # fmt: skip
+            f"hf upload YOUR_NAME/YOUR_MODEL {shlex.quote(str(folder))}")  # fmt: skip
 
 
 def _front(folder: Path) -> dict[str, Any]:
@@ -126,6 +131,8 @@ def card(about: Mapping[str, Any], config: Encoder, cell_m: float, parameters: i
     scores = [(_code(arm), *(_score(measured.get(f"val/{kind}_{arm}")) for kind in MEASURES)) for arm in arms]
     evaluation = _table(["arm", *MEASURES.values()], scores) if scores else "The run was not validated."
     objectives = ", ".join(f"{_code(name)} (weight {weight:g})" for name, weight in about["objectives"].items())
+    thinned = (f" In training clouds were thinned: {config.thinning}. Whole ones give another map; `thinned` in `encoder.py` thins alike."
+               if config.thinning else "")  # fmt: skip
     versions = ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in about["versions"].items())
     return f"""---
 {front}---
@@ -156,7 +163,7 @@ With the package that made it: `worldmodel.load("FOLDER", features_only=True)`. 
 {columns}
 
 One cloud holds the newest sweep and those before it, brought into the LiDAR's frame of the newest. Range: {box};
-points outside are dropped. Pillars of {config.voxel[0]:g} x {config.voxel[1]:g} m. The map has cells of {cell_m:g} m; rows go along y,
+points outside are dropped.{thinned} Pillars of {config.voxel[0]:g} x {config.voxel[1]:g} m. The map has cells of {cell_m:g} m; rows go along y,
 columns along x, both upwards from the lower end.
 
 ## Training

@@ -8,6 +8,7 @@ Runs whose encoder sees one sweep with x forward leave for VoxelNet on KITTI (Po
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,8 @@ def guide_text(encoder: Encoder, kind: str, theirs: Sequence[Column]) -> str:
     notes.append("check_in_target.py beside this file compares a batch of your loader, and your model's map of the stored cloud, with ours.")
     commands = [
         "# In mmdetection3d 1.4, with its own environment; EXPORT is the folder of this file.",
-        f"cp $EXPORT/{CONFIG} {place}",
-        f"python tools/train.py {place} --work-dir work_dirs/wm_$(date +%Y%m%d_%H%M%S) --cfg-options load_from=$EXPORT/{WEIGHTS}",
+        f'cp "$EXPORT"/{CONFIG} {place}',
+        f'python tools/train.py {place} --work-dir work_dirs/wm_$(date +%Y%m%d_%H%M%S) --cfg-options load_from="$EXPORT"/{WEIGHTS}',
     ]
     return "\n".join([*commands, "", *(f"- {note}" for note in notes)]) + "\n"
 
@@ -206,7 +207,7 @@ def export(trained: Trained, folder: Path, about: dict[str, Any], sample: Tensor
 
 def snippet(folder: Path) -> str:
     """The guide of an export, for this folder."""
-    return f"EXPORT={folder.resolve()}\n{read_whole(folder / GUIDE, 1 << 20).decode()}".rstrip()
+    return f"EXPORT={shlex.quote(str(folder.resolve()))}\n{read_whole(folder / GUIDE, 1 << 20).decode()}".rstrip()
 
 
 def _sample(folder: Path) -> dict[str, Tensor]:

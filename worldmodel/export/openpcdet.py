@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -270,8 +271,8 @@ def guide_text(
     ]
     for name, line in lines.items():
         place = next(base for base in FILES if FILES[base] == name).rpartition("/")[0]
-        out += [f"cp $EXPORT/{name} {place}/",
-                f"python train.py --cfg_file {place}/{name} --pretrained_model $EXPORT/{CHECKPOINT} --extra_tag wm_$(date +%Y%m%d_%H%M%S)",
+        out += [f'cp "$EXPORT"/{name} {place}/',
+                f"python train.py --cfg_file {place}/{name} --pretrained_model \"$EXPORT\"/{CHECKPOINT} --extra_tag wm_$(date +%Y%m%d_%H%M%S)",
                 f"#   its log has to say: {line}",
                 "#   `Not updated weight` may name global_step and dense_head.* alone: they start from scratch"]  # fmt: skip
     matched = f"The encoder is that of {stock}: that file takes the same checkpoint."
@@ -307,6 +308,8 @@ def guide_text(
         )
     else:
         notes.append("A cloud in training held one sweep.")
+    if config.thinning:
+        notes.append(f"Training saw thinned clouds: {config.thinning}. Fed whole, the map is another one.")
     if dataset == NUSCENES:
         notes.append(f"MAX_SWEEPS is set to {sweeps(model)} accordingly; OpenPCDet's own files take 10, within 0.45 s.")
     if dataset == KITTI:
@@ -321,7 +324,7 @@ def guide_text(
 
 def snippet(folder: Path) -> str:
     """The guide of an export, for this folder."""
-    return f"EXPORT={folder.resolve()}\n{read_whole(folder / GUIDE, 1 << 20).decode()}".rstrip()
+    return f"EXPORT={shlex.quote(str(folder.resolve()))}\n{read_whole(folder / GUIDE, 1 << 20).decode()}".rstrip()
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ the user names it, in `wm verify --against`; reading an export imports nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from sensors.data import Part
 from sensors.errors import WmError, one_line
 from sensors.files import check_folder, commit_folder, read_json
-from worldmodel.config import Encoder, encoder_of
+from worldmodel.config import encoder_of
 from worldmodel.handover import check_in_target, own_folder, standalone_folder
 from worldmodel.handover.checkpoints import read_tensors
 from worldmodel.trained import Trained
@@ -45,8 +44,10 @@ def snippet(folder: Path) -> str:
     if build := read_json(folder / "config.json").get("build"):
         return (f"from safetensors.torch import load_file\nencoder.load_state_dict(load_file({str(folder / 'model.safetensors')!r}))\n"
                 f"# wm verify {folder} --against {one_line(build)}   loads it so, runs the stored cloud, compares")  # fmt: skip
-    return (f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom encoder import load\nencoder = load({str(folder)!r})   # torch.nn.Module\n"
-            "maps = encoder([points])          # (N,F) float32 -> (1,C,H,W)")  # fmt: skip
+    most = read_json(folder / "config.json").get("max_points")
+    cloud, older = (f"thinned(points, {most})", ", older sweeps to half as many") if most else ("points", "")
+    return (f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom encoder import load, thinned\n"
+            f"encoder = load({str(folder)!r})   # torch.nn.Module\nmaps = encoder([{cloud}])   # (N,F) float32 -> (1,C,H,W){older}")  # fmt: skip
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = check_folder(folder)
     weights = read_tensors(folder / "model.safetensors")
     config = encoder_of(read_json(folder / "config.json"), one_line(folder / "config.json"))
-    reasons = [*_inputs_that_differ(folder, config, manifest.get("input")), *_values_that_differ(weights, manifest.get("digests"))]
+    reasons = [*standalone_folder.inputs_that_differ(folder, config, manifest.get("input")), *_values_that_differ(weights, manifest.get("digests"))]
     if config.build:
         return {**_own(weights, manifest, config.build), "expected": int(manifest["tensors"]), "reasons": reasons}
     return {**standalone_folder.prove(folder), "expected": int(manifest["tensors"]), "reasons": reasons}
@@ -81,24 +82,4 @@ def _values_that_differ(weights: Mapping[str, torch.Tensor], digests: Any) -> li
         if name in digests and digests[name] != digest:
             of = next((other for other, value in digests.items() if value == digest), None)
             out.append(f"{name} holds {f'what {of} had' if of else 'other values than were exported'}")
-    return out
-
-
-def _inputs_that_differ(folder: Path, config: Encoder, said: Any) -> list[str]:
-    """The order of columns is nowhere in the weights: the two files that name it have to agree, and the stored cloud with them."""
-    if not isinstance(said, dict):
-        raise WmError(f"{one_line(folder)}: manifest.json does not say what the input is; export the run again")
-    tree = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
-    out = [f"{key} is {one_line(said[key], 80)} in manifest.json, {one_line(tree[key], 80)} in config.json"
-           for key in tree if key in said and said[key] != tree[key]]  # fmt: skip
-    scales = said.get("scales")
-    scale = scales.get("intensity", 1.0) if isinstance(scales, dict) else 1.0
-    if scale != 1:
-        out.append(f"manifest.json speaks of intensity in 0..{one_line(scale, 20)}; these weights take 0..1")
-    points = standalone_folder.stored(folder)["points"]
-    if points.ndim != 2 or points.shape[1] != len(config.features):
-        out.append(f"the stored cloud has {points.shape[-1]} columns, config.json names {len(config.features)}")
-    elif "intensity" in config.features and len(points) and float(points[:, config.features.index("intensity")].max()) > 1.5:
-        largest = float(points[:, config.features.index("intensity")].max())
-        out.append(f"the stored cloud's intensity reaches {largest:.3g}; these weights take 0..1")
     return out

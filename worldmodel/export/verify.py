@@ -106,6 +106,7 @@ def _input(config: Config, columns: tuple[Column, ...]) -> dict[str, Any]:
         "sweeps": list(model.latent_sweeps), "sweep_times_s": [round(back / model.rate_hz, 6) for back in model.latent_sweeps],
         "joined": model.join_sweeps, "rate_hz": model.rate_hz,
         "low": list(encoder.low), "high": list(encoder.high), "voxel": list(encoder.voxel),
+        "max_points": encoder.max_points, "thinning": encoder.thinning,
         "map": "rows along y, columns along x, both upwards from low", "bn_eps": encoder.bn_eps, "bn_momentum": encoder.bn_momentum,
         "padded_slots": encoder.padded_slots, "max_points_per_pillar": encoder.max_points_per_pillar, "max_pillars": encoder.max_pillars,
     }  # fmt: skip
@@ -137,4 +138,7 @@ def verify(folder: Path) -> dict[str, Any]:
     report = importlib.import_module(f"worldmodel.export.{target}").verify(folder)
     passed = (report["loaded"] == report["tensors"] == report["expected"] and report["difference"] <= TOLERANCE
               and not any(report.get(key) for key in ("missing", "unexpected", "mismatched", "reasons")))  # fmt: skip
+    if manifest.get("statistics") is None:
+        unknown = "no statistics of the clouds: the data were not where the run had them; with --data, check_in_target.py can compare yours with them"
+        report = {**report, "notes": [*report.get("notes", ()), unknown]}
     return {"target": target, "passed": bool(passed), "licence": manifest.get("licence"), **report}

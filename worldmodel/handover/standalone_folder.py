@@ -19,8 +19,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from sensors.errors import UsageError, WmError, one_line
-from sensors.files import read_whole
-from worldmodel.config import Encoder
+from sensors.files import read_json, read_whole
+from worldmodel.config import Encoder, encoder_of
 from worldmodel.encoders import standalone
 from worldmodel.encoders.contract import Clouds
 from worldmodel.handover import check_in_target
@@ -33,9 +33,7 @@ def files_of(encoder: nn.Module, config: Encoder, sample: Tensor, also: Mapping[
     """Names and contents; sample (N,F) f32 is a cloud with the encoder's columns, also: further keys of config.json. The encoder is left in eval
     mode on the CPU."""
     if config.build:
-        raise UsageError(
-            f"the run's encoder is {one_line(config.build)}, your own: take model.safetensors of its checkpoint, keys `encoder.*`, unchanged"
-        )
+        raise UsageError(f"the run's encoder is {one_line(config.build)}, your own: `--to torch` gives its tensors back unchanged")
     encoder.float().eval().cpu()
     with torch.no_grad():
         bev = encoder(Clouds(sample, (len(sample),)))
@@ -52,6 +50,32 @@ def files_of(encoder: nn.Module, config: Encoder, sample: Tensor, also: Mapping[
 def stored(folder: Path, name: str = "sample.safetensors") -> dict[str, Tensor]:
     """The tensors of a file of the folder; of the sample: points (N,F) and map (1,C,H,W)."""
     return read_tensors(folder / name)
+
+
+def config_of(folder: Path) -> Encoder:
+    """The encoder's configuration in config.json; other keys are left to whom they are for."""
+    tree, own = read_json(folder / "config.json"), {field.name for field in dataclasses.fields(Encoder)}
+    return encoder_of({key: value for key, value in tree.items() if key in own}, one_line(folder / "config.json"))
+
+
+def inputs_that_differ(folder: Path, config: Encoder, said: Any) -> list[str]:
+    """The order of columns is nowhere in the weights: the two files that name it have to agree, and the stored cloud with them."""
+    if not isinstance(said, dict):
+        raise WmError(f"{one_line(folder)}: manifest.json does not say what the input is; export the run again")
+    tree = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
+    out = [f"{key} is {one_line(said[key], 80)} in manifest.json, {one_line(tree[key], 80)} in config.json"
+           for key in tree if key in said and said[key] != tree[key]]  # fmt: skip
+    scales = said.get("scales")
+    scale = scales.get("intensity", 1.0) if isinstance(scales, dict) else 1.0
+    if scale != 1:
+        out.append(f"manifest.json speaks of intensity in 0..{one_line(scale, 20)}; these weights take 0..1")
+    points = stored(folder)["points"]
+    if points.ndim != 2 or points.shape[1] != len(config.features):
+        out.append(f"the stored cloud has {points.shape[-1]} columns, config.json names {len(config.features)}")
+    elif "intensity" in config.features and len(points) and float(points[:, config.features.index("intensity")].max()) > 1.5:
+        largest = float(points[:, config.features.index("intensity")].max())
+        out.append(f"the stored cloud's intensity reaches {largest:.3g}; these weights take 0..1")
+    return out
 
 
 def prove(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def data_statistics(
     unchanged, else of `parts`; None where there is neither.
 
     features: the columns in the target's order (default: the encoder's; one that the log does not have is 0); scale: a column's unit in the
-    target, as a factor (``{"intensity": 255.0}``). Adds `logs`, the ids of those seen, and `of`: "pretraining" or "export"."""
+    target, as a factor (``{"intensity": 255.0}``). Adds `logs`, the ids of those seen, `of`: "pretraining" or "export", and
+    `shown`: the mean number of points that the encoder was shown, after thinning."""
     encoder = trained.config.encoder
     features = tuple(features or encoder.features)
     m = trained.config.model
@@ -35,17 +36,19 @@ def data_statistics(
     of, source = "pretraining", _trained_on(trained)
     if not source:
         of, source = "export", list(parts)
-    clouds, logs = [], []
+    clouds, logs, shown = [], [], []
     for part in [source[i] for i in np.unique(np.linspace(0, len(source) - 1, MOST_LOGS).astype(int))] if source else []:
         clips = clips_of(part.log, past=m.past, future=m.future, rate_hz=m.rate_hz, from_ns=part.from_ns, to_ns=part.to_ns)
         for clip in [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, CLIPS_A_LOG).astype(int))] if clips else []:
-            rows = joined(past_clouds(clip, history_of(clip), config), config)[0]
+            history = history_of(clip)
+            rows = joined(past_clouds(clip, history, config), config)[0]
+            shown.append(len(joined(past_clouds(clip, history, trained.config), trained.config)[0]))
             columns = [rows[:, COLUMNS.index(name)] if name in COLUMNS else np.zeros(len(rows), np.float32) for name in features]
             clouds.append(np.stack([column * (scale or {}).get(name, 1.0) for name, column in zip(features, columns, strict=True)], 1))
             logs.append(part.log.id)
     if not clouds:
         return None
-    return {**channel_statistics(clouds, features, encoder.low, encoder.high), "of": of, "logs": sorted(set(logs))}
+    return {**channel_statistics(clouds, features, encoder.low, encoder.high), "shown": float(np.mean(shown)), "of": of, "logs": sorted(set(logs))}
 
 
 def _trained_on(trained: Trained) -> list[Part]:
