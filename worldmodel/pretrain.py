@@ -38,7 +38,11 @@ STATE_RATE = 2.0  # of that, for all others: encoder, state, and how it is read
 
 
 def objectives(weights: dict[str, float]) -> dict[str, Loss]:
-    """The objectives that have a weight, by name: the function `loss` of each file in `worldmodel.objectives`."""
+    """The objectives that have a weight, by name: the function `loss` of each file in `worldmodel.objectives`,
+
+        loss(model, batch, output) -> Tensor | None      # one number, lower is better; None: this batch asks nothing of it
+
+    of a `WorldModel`, a `Batch` and the `Output` that it gave. UsageError for a name without a file, and where none has a weight."""
     package = importlib.import_module("worldmodel.objectives")
     known = {m.name for m in pkgutil.iter_modules(package.__path__)}
     if unknown := sorted(set(weights) - known):

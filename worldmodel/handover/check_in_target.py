@@ -145,9 +145,9 @@ def compare_inputs(theirs: Sequence[np.ndarray], expected: dict[str, Any], low: 
         findings += _intensity(got["intensity"], want["intensity"])
     if "dt" in got:
         findings += _times(got["dt"], want["dt"])
-    known = [count for count in (expected["points"], expected.get("shown")) if count]
-    if not any(0.4 < found["points"] / max(count, 1) < 2.5 for count in known):
-        thinned = f" ({known[1]:.0f} after thinning)" if len(known) > 1 and known[1] < 0.9 * known[0] else ""
+    shown = expected.get("shown") or expected["points"]  # after thinning, which is exact
+    if not 0.4 < found["points"] / max(expected["points"], 1) < 2.5 and not 0.8 < found["points"] / max(shown, 1) < 1.25:
+        thinned = f" ({shown:.0f} after thinning)" if shown < 0.9 * expected["points"] else ""
         findings.append(
             f"{found['points']:.0f} points per cloud, {expected['points']:.0f}{thinned} in pretraining: another sweep count or another sensor"
         )
