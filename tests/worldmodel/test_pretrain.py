@@ -331,7 +331,7 @@ def test_two_processes_train_as_one(store, tmp_path):
 
 def test_collapse_is_seen(parts, tmp_path):
     """Drive the encoder into giving the same vector everywhere, and the alarm stops the training."""
-    config = tiny("train.steps=30", "train.validate_every=5", "train.save_every=30", "train.lr=0.05", "train.weight_decay=0.0", "train.warmup=1")
+    config = tiny("train.steps=30", "train.validate_every=5", "train.save_every=30", "train.lr=0.0125", "train.weight_decay=0.0", "train.warmup=1")
     original = pretrain.objectives
 
     def with_collapse(weights):

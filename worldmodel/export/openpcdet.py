@@ -155,8 +155,6 @@ def refuse(config: Encoder) -> None:
     height = (config.high[2] - config.low[2]) / config.voxel[2]
     if round(height) != 1:
         raise UsageError(f"encoder.voxel: {round(height)} cells on top of each other; a pillar is one: set its z to the whole of low..high")
-    if config.padded_slots and not (config.max_points_per_pillar and config.max_pillars):
-        raise UsageError("encoder.max_points_per_pillar and max_pillars: OpenPCDet's PillarVFE needs both above 0")
     if any(up > 1 and up != int(up) for up in config.upsample_strides):
         raise UsageError(f"encoder.upsample_strides {list(config.upsample_strides)}: above 1 they have to be whole numbers")
     if output_stride(config) < 1 or output_stride(config) != int(output_stride(config)):
