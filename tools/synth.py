@@ -28,15 +28,15 @@ def run(args: argparse.Namespace) -> int:
     import time
 
     from sensors.errors import UsageError
-    from sensors.simulator.log import simulate
+    from sensors.simulator.log import check, simulate
     from worldmodel.tools.terminal import print_json, reporter
 
     if min(args.logs, args.workers, args.every) < 1:
         raise UsageError(f"--logs {args.logs} --workers {args.workers} --every {args.every}: give at least 1")
     options = {"seconds": args.seconds, "lidar": args.lidar, "cameras": args.cameras, "every": args.every}
     seeds = range(args.seed, args.seed + args.logs)
-    simulate(seeds[0], **options)  # refuses what cannot be before anything is written
-    simulate(seeds[-1], **options)
+    for seed in (seeds[0], seeds[-1]):  # before anything is written
+        check(seed, **options)
     report = reporter("logs")
     start = time.monotonic()
     if args.format == "nuscenes":

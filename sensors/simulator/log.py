@@ -40,13 +40,19 @@ def simulate(
 ) -> Log:
     """The log of a seed. lidar: ``hdl64`` or ``hdl32``; cameras: ``none``, ``front``, ``six``, or names of single ones; the scanner turns
     rate_hz times a second, and each `every`-th turn is kept (with its pictures). UsageError for a name or number that makes no sense."""
+    check(seed, seconds, lidar, cameras, rate_hz, every)
+    return _Simulation(int(seed), float(seconds), lidar, cameras_module.chosen(cameras), float(rate_hz), int(every)).log
+
+
+def check(seed: int, seconds: float, lidar: str, cameras: str | Sequence[str], rate_hz: float = 10.0, every: int = 1) -> None:
+    """UsageError for what `simulate` would refuse."""
     if isinstance(seed, bool) or not 0 <= int(seed) <= MOST_SEED:
         raise UsageError(f"simulator: seed {seed!r} is not an integer of 0 .. {MOST_SEED}")
     if lidar not in MODELS:
         raise UsageError(f"simulator: lidar {lidar!r} is not one of {', '.join(MODELS)}")
     if not 0.2 <= seconds <= 120 or not 1 <= rate_hz <= 50 or every < 1:
         raise UsageError(f"simulator: {seconds} s at {rate_hz} Hz, every {every}: give 0.2 .. 120 s, 1 .. 50 Hz, every >= 1")
-    return _Simulation(int(seed), float(seconds), lidar, cameras_module.chosen(cameras), float(rate_hz), int(every)).log
+    cameras_module.chosen(cameras)
 
 
 class _Simulation:

@@ -14,7 +14,7 @@ from sensors.clips import clips_of
 from sensors.rays import history_of
 from worldmodel.batches import past_clouds
 from worldmodel.config import load_config
-from worldmodel.export.verify import export, verify
+from worldmodel.export.verify import export
 from worldmodel.handover import check_in_target as ours
 from worldmodel.handover.openpcdet_modules import Detector, collated, load_params, settings_of
 
@@ -256,13 +256,13 @@ def test_statistics_by_hand():
 
 
 def test_an_export_without_data_checks_what_it_can(untrained, tmp_path):
-    export(untrained(tmp_path / "run"), "torch", tmp_path / "export", [])
+    report = export(untrained(tmp_path / "run"), "torch", tmp_path / "export", [])
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
     assert manifest["statistics"] is None
     cloud = np.zeros((4, 4), np.float32)
     nothing, columns = ours.check(cloud, folder=tmp_path / "export")
     assert "no statistics" in nothing and columns.startswith("4 columns per point, expected 5")
-    assert any("no statistics" in note for note in verify(tmp_path / "export")["notes"])
+    assert any("no statistics" in note for note in report["notes"])
 
 
 def test_the_thinning_of_our_training_is_told_and_not_asked_of_others(folder, loaded, script):

@@ -65,7 +65,11 @@ def export(run: Path, target: str, folder: Path, parts: list[Part], *, intensity
     about = {**_about(trained), "input": _input(trained.config, columns), "intensity": intensity, "sample": of,
              "statistics": data_statistics(trained, parts, [c.name for c in columns], {c.name: c.scale for c in columns})}  # fmt: skip
     module.export(trained, folder, about, sample, parts)
-    return verify(folder)
+    report = verify(folder)
+    if about["statistics"] is None:
+        unknown = "no statistics of the clouds: the data were not where the run had them; with --data, check_in_target.py can compare yours with them"
+        report["notes"] = [*report.get("notes", ()), unknown]
+    return report
 
 
 def _about(trained: Trained) -> dict[str, Any]:
@@ -138,7 +142,4 @@ def verify(folder: Path) -> dict[str, Any]:
     report = importlib.import_module(f"worldmodel.export.{target}").verify(folder)
     passed = (report["loaded"] == report["tensors"] == report["expected"] and report["difference"] <= TOLERANCE
               and not any(report.get(key) for key in ("missing", "unexpected", "mismatched", "reasons")))  # fmt: skip
-    if manifest.get("statistics") is None:
-        unknown = "no statistics of the clouds: the data were not where the run had them; with --data, check_in_target.py can compare yours with them"
-        report = {**report, "notes": [*report.get("notes", ()), unknown]}
     return {"target": target, "passed": bool(passed), "licence": manifest.get("licence"), **report}
