@@ -64,7 +64,10 @@ def test_an_interrupt_ends_it_before_all_logs_are_made(tmp_path: Path, at_a_term
     """At a terminal the signal reaches the workers too."""
     store = tmp_path / "store"
     command = [sys.executable, "-m", "worldmodel", "synth", str(store), "--logs", "12", "--workers", "2", *SMALL]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # who runs the tests in the background of a shell has Ctrl-C ignored, and so would the command
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     deadline = time.monotonic() + 120
     while not list(store.glob("logs/*")):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
