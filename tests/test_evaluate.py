@@ -339,6 +339,10 @@ def test_what_moves_is_where_it_was_when_its_points_were_measured():
         truly = log.open_labels().read_point_labels("hdl64", frame.sweep_index).moving[rays.index]
         found += masks["moving"][truly].sum(), truly.sum()
     assert found[1] > 500 and found[0] / found[1] > 0.99  # 0.80 by boxes at the stamp alone
+    # at the very end of the poses the points stay as recorded
+    known = log.poses.stamps_ns < frame.stamp_ns - 70_000_000
+    short = dataclasses.replace(log, poses=Trajectory(log.poses.stamps_ns[known], log.poses.world_from_ego[known], "log"))
+    assert subsets._ends(clip, frame, rays)[1].any() and not subsets._ends(dataclasses.replace(clip, log=short), frame, rays)[1].any()
 
 
 def test_data_of_which_no_clip_is_readable_are_an_error_with_the_first_reason():

@@ -298,7 +298,7 @@ def _hint(near: list[str]) -> str:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any], path: str, source: str) -> dict[str, Any]:
-    """`over` laid on `base`; key by key; objectives may be new ones."""
+    """`over` laid on `base`, key by key; objectives may be new ones."""
     out = dict(base)
     for key, value in over.items():
         here = f"{path}{key}"

@@ -20,7 +20,7 @@ from sensors.errors import WmError, one_line
 from sensors.evidence import view_from
 from sensors.geometry import in_box_frame, inverse, points_in, pose_at, transform_points
 from sensors.rays import History, Rays
-from sensors.records import Box, Clip, Frame, Labels, Log
+from sensors.records import Box, Clip, Frame, Labels, Log, RecordError
 
 Array = NDArray[Any]
 
@@ -85,12 +85,9 @@ class Movers:
 
     def speed(self, box: Box) -> float:
         """In the world, m/s: of the track over the second around the box, or, where the track is shorter than half of that, the box's own."""
-        stamps, places = self._tracks.get(box.track, (np.zeros(0, np.int64), np.zeros((0, 2))))
-        near = np.flatnonzero(np.abs(stamps - box.stamp_ns) <= SPEED_WINDOW_S * 0.5e9)
-        if len(near):
-            seconds = (stamps[near[-1]] - stamps[near[0]]) / 1e9
-            if seconds >= 0.45 * SPEED_WINDOW_S:
-                return float(np.linalg.norm(places[near[-1]] - places[near[0]]) / seconds)
+        moved, seconds = self._way(box)
+        if seconds >= 0.45 * SPEED_WINDOW_S:
+            return float(np.linalg.norm(moved) / seconds)
         return float(np.hypot(*box.velocity)) if box.velocity is not None and np.isfinite(box.velocity).all() else 0.0
 
     def moving(self, stamp_ns: int) -> list[Box]:
@@ -100,12 +97,18 @@ class Movers:
         """(2,) m/s in the world, its axes turned into the ego frame: the box's own, or that of its track, or 0."""
         if box.velocity is not None and np.isfinite(box.velocity).all():
             return box.velocity
+        moved, seconds = self._way(box)
+        if not seconds or self._log.poses is None:
+            return np.zeros(2)
+        return np.asarray(pose_at(self._log.poses, np.array([box.stamp_ns]), 0.1)[0, :2, :2].T @ moved / seconds)
+
+    def _way(self, box: Box) -> tuple[Array, float]:
+        """How far (2,) in the world the track comes over the second around the box, and in how many seconds; 0 where it is nowhere else then."""
         stamps, places = self._tracks.get(box.track, (np.zeros(0, np.int64), np.zeros((0, 2))))
         near = np.flatnonzero(np.abs(stamps - box.stamp_ns) <= SPEED_WINDOW_S * 0.5e9)
-        if len(near) < 2 or self._log.poses is None:
-            return np.zeros(2)
-        world = (places[near[-1]] - places[near[0]]) / ((stamps[near[-1]] - stamps[near[0]]) / 1e9)
-        return np.asarray(pose_at(self._log.poses, np.array([box.stamp_ns]), 0.1)[0, :2, :2].T @ world)
+        if not len(near):
+            return np.zeros(2), 0.0
+        return places[near[-1]] - places[near[0]], float(stamps[near[-1]] - stamps[near[0]]) / 1e9
 
 
 def _moved(box: Box, target_from_box: Array) -> Box:
@@ -153,13 +156,16 @@ def subset_masks(clip: Clip, frame: Frame, history: History, rays: Rays, movers:
 
 def _ends(clip: Clip, frame: Frame, rays: Rays) -> tuple[Array, Array]:
     """Where the returns lie in the ego frame at the sweep's stamp (R,3), and how long after it (R,) each was measured: 0 for all of a sweep
-    without times, or brought to one instant before."""
+    without times, or brought to one instant before, or that the poses do not reach."""
     lidar, local = clip.log.lidars[clip.lidar], rays.directions.astype(np.float64) * rays.ranges[:, None]
     sweep = clip.log.read_sweep(clip.lidar, frame.sweep_index)
     if sweep.time_ns is None or sweep.deskewed or clip.log.poses is None:
         return transform_points(lidar.ego_from_lidar, local), np.zeros(len(local))
     late_ns = sweep.time_ns[rays.index]
-    together, _ = deskew(local, late_ns, lidar.ego_from_lidar, clip.log.poses, frame.stamp_ns)
+    try:
+        together, _ = deskew(local, late_ns, lidar.ego_from_lidar, clip.log.poses, frame.stamp_ns)
+    except RecordError:  # a sweep at the very end of the poses
+        return transform_points(lidar.ego_from_lidar, local), np.zeros(len(local))
     return transform_points(lidar.ego_from_lidar, together), late_ns / 1e9
 
 
