@@ -33,6 +33,7 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -157,6 +158,27 @@ def make_folder(path: Path, root: Path | None = None) -> None:
     known = upward[: upward.index(root) + 1] if root is not None else []
     for folder in dict.fromkeys([*missing, *known]):
         sync_folder(folder.parent)
+
+
+def writable(folder: Path) -> bool:
+    """Whether a file can be made in the folder, or in the nearest one above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """UsageError for a file that a command could not write when its work is done: there already, a folder, or in a place closed to it."""
+    if path.is_dir():
+        raise UsageError(f"{one_line(path)}: is a folder; give a file with -o")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{one_line(path)}: is there already; give another name with -o, or --overwrite")
+    if not writable(path.absolute().parent):
+        raise UsageError(f"{one_line(path)}: no file can be made there; give another place with -o")
 
 
 def write_file(path: Path, data: bytes, *, new: bool = False) -> None:

@@ -174,6 +174,18 @@ def test_a_raw_log_is_checked_and_the_page_is_not_overwritten(tmp_path, capsys, 
     assert not Path("x.html").exists()
 
 
+def test_a_page_that_could_not_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    from sensors.alignment import survey
+
+    source = write_sample(tmp_path)
+    monkeypatch.setattr(survey, "survey", lambda log: pytest.fail("looked at a log"))
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "file" / "x.html", tmp_path, tmp_path / "file"):
+        assert main(["check", str(source), "-o", str(place)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(place) in line and "-o" in line
+
+
 def test_one_log_without_lidar_or_with_poses_that_jump_does_not_stop_the_page():
     log = street_log()
     blind = dataclasses.replace(log, id="made/blind", lidars={}, sweep_stamps_ns={})

@@ -32,14 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from sensors.alignment.survey import survey
     from sensors.alignment.timing import timing
     from sensors.errors import UsageError, one_line
-    from sensors.files import write_file
+    from sensors.files import check_output, write_file
     from sensors.store.format import STORE_FILE
     from worldmodel.drawing.check_page import Checked, check_page
     from worldmodel.tools.terminal import print_json, print_references, print_table, reporter
 
     output = args.output if args.output is not None or args.json else Path("check.html")
-    if output is not None and output.exists() and not args.overwrite:
-        raise UsageError(f"{one_line(output)}: is there already; give another name with -o, or --overwrite")
+    if output is not None:
+        check_output(output, overwrite=args.overwrite)
     stored = (args.path / STORE_FILE).is_file()
     if args.deep and not stored:
         raise UsageError(f"{one_line(args.path)}: not a store, so there are no digests to compare; leave out --deep")

@@ -210,30 +210,18 @@ def _gpu(imports: dict[str, dict[str, Any]]) -> list[Finding]:
 def _caches() -> list[Finding]:
     """numba keeps compiled kernels beside the files, or where NUMBA_CACHE_DIR says; without a place every start compiles again."""
     import sensors.kernels
+    from sensors.files import writable
 
     places = {"numba": Path(os.environ.get("NUMBA_CACHE_DIR") or Path(next(iter(sensors.kernels.__path__))) / "__pycache__")}
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     places["matplotlib"] = Path(os.environ.get("MPLCONFIGDIR") or Path(home) / "matplotlib")
     rows = []
     for name, place in places.items():
-        good = _writable(place)
+        good = writable(place)
         variable = {"numba": "NUMBA_CACHE_DIR", "matplotlib": "MPLCONFIGDIR"}[name]
         text = str(place) if good else f"{place}: not writable"
         rows.append(Finding("cache", name, "ok" if good else "optional", text, "" if good else f"set {variable} to a folder that can be written to"))
     return rows
-
-
-def _writable(place: Path) -> bool:
-    """Whether a file can be made in the folder, or in the nearest one above it that exists."""
-    import tempfile
-
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            return True
-    except OSError:
-        return False
 
 
 def _libraries() -> list[Finding]:

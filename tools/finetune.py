@@ -52,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from sensors.data import open_data
-    from sensors.errors import UsageError, one_line
-    from sensors.files import write_json
+    from sensors.errors import UsageError
+    from sensors.files import check_output, write_json
     from worldmodel import finetune, validation
     from worldmodel.tools.terminal import print_json, reporter
 
-    if args.output and Path(args.output).is_dir():
-        raise UsageError(f"{one_line(args.output)}: is a folder; give a file with -o")
+    if args.output:
+        check_output(Path(args.output), overwrite=True)
     train = [part for path in args.data for part in open_data(path)]
     if args.test:
         test = [part for path in args.test for part in open_data(path)]

@@ -22,10 +22,11 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from sensors.errors import UsageError, one_line
+    from sensors.files import check_output
 
     output = Path(args.output) if args.output else None
-    if output is not None and output.exists() and not args.overwrite:
-        raise UsageError(f"{one_line(output)}: is there already; give another name with -o, or --overwrite")
+    if output is not None:
+        check_output(output, overwrite=args.overwrite)
     if args.data and output is None:
         raise UsageError("--data: the pictures are for a page; name it with -o")
     if args.count < 1:

@@ -62,7 +62,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("wrapper", ["", "model_state", "state_dict"])
+@pytest.mark.parametrize("wrapper", ["", "model_state", "state_dict", "model"])
 def test_state_dicts_of_every_shape_are_read(tmp_path, protocol, wrapper):
     model = network()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -71,6 +71,7 @@ def test_state_dicts_of_every_shape_are_read(tmp_path, protocol, wrapper):
     around = {
         "model_state": {"epoch": 3, "it": 7, "optimizer_state": optimizer.state_dict(), "version": "pcdet+0.6", "accumulated_iter": None},
         "state_dict": {"meta": {"classes": ("car", "van"), "lr": [0.1], "cfg": "model = dict()\n"}, "optimizer": optimizer.state_dict()},
+        "model": {"iteration": 7, "optimizer": optimizer.state_dict(), "scheduler": {"last_epoch": 7}},
     }
     value = {**around[wrapper], wrapper: model.state_dict()} if wrapper else model.state_dict()
     (tmp_path / "w.pth").write_bytes(saved(value, pickle_protocol=protocol))

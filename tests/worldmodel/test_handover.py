@@ -112,6 +112,18 @@ def test_what_did_not_arrive_is_named(handed, tmp_path, name, change, kind):
     assert main(["verify", str(tmp_path / "edited")]) == 1
 
 
+@pytest.mark.parametrize("field", ["target", "tensors", "licence"])
+def test_a_manifest_without_what_an_export_says_is_one_line(handed, tmp_path, capsys, field):
+    from sensors.files import check_folder, commit_folder
+
+    manifest = check_folder(handed[0])
+    about = {k: v for k, v in manifest.items() if k not in ("files", "digest", field)}
+    commit_folder(tmp_path / "less", {e["path"]: (handed[0] / e["path"]).read_bytes() for e in manifest["files"]}, about)
+    assert main(["verify", str(tmp_path / "less")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert field in line
+
+
 def test_a_flipped_bit_is_refused(handed, tmp_path):
     import shutil
 

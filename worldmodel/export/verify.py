@@ -139,7 +139,10 @@ def verify(folder: Path) -> dict[str, Any]:
     target = manifest.get("target")
     if target not in targets():
         raise WmError(f"{one_line(folder)}: target {one_line(repr(target))} is not one of {', '.join(targets())}; made by another version?")
+    for key, kind in (("tensors", int), ("licence", str)):
+        if not isinstance(manifest.get(key), kind):
+            raise WmError(f"{one_line(folder)}: its manifest says no {key}; export again")
     report = importlib.import_module(f"worldmodel.export.{target}").verify(folder)
     passed = (report["loaded"] == report["tensors"] == report["expected"] and report["difference"] <= TOLERANCE
               and not any(report.get(key) for key in ("missing", "unexpected", "mismatched", "reasons")))  # fmt: skip
-    return {"target": target, "passed": bool(passed), "licence": manifest.get("licence"), **report}
+    return {"target": target, "passed": bool(passed), "licence": manifest["licence"], **report}

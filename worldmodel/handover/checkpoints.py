@@ -31,7 +31,7 @@ PICKLE_BYTES = 1 << 26
 HEADER_BYTES = 1 << 25
 MOST_TENSORS = 100_000
 AMPLIFICATION = 4  # tensors of one file may share storages, but not hold more than so many times the file's size
-WRAPPERS = ("model_state", "state_dict")  # OpenPCDet; mmengine and Lightning
+WRAPPERS = ("model_state", "state_dict", "model")  # OpenPCDet; mmengine and Lightning; detectron2 and many scripts
 RESAVE = "its owner re-saves it: torch.save({k: v for k, v in model.state_dict().items()}, 'weights.pth')"
 
 _STORAGES = {
@@ -62,7 +62,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint made by anybody: a state dict, bare or under `model_state` or `state_dict`; other plain values beside it are ignored.
+    """A checkpoint made by anybody: a state dict, bare or under one of `WRAPPERS`; other plain values beside it are ignored.
 
     BadFile: not whole (length, checksums), not of weights alone (which global it names), tensors that their storages do not hold,
     numbers that are not finite, kinds of numbers that no layer has (complex, quantised, sparse)."""
