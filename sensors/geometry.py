@@ -141,13 +141,13 @@ def project(camera: Camera, points: Array, min_depth: float = 0.1) -> tuple[Arra
             x, y = p[:, 0] / depth, p[:, 1] / depth
             k1, k2, p1, p2, k3 = d
         if camera.model == "kannala_brandt":
-            r = np.hypot(x, y)
-            angle = np.arctan(r)
+            # on the angle, so beyond 90 degrees too; straight behind there is no direction
+            across = np.hypot(p[:, 0], p[:, 1])
+            angle = np.arctan2(across, depth)
             a2 = angle * angle
-            ok &= a2 < _folds_at(d[:4])
+            ok = (radius > min_depth) & (a2 < _folds_at(d[:4])) & ((depth > 0) | (across > 1e-9))
             scaled = angle * (1 + a2 * (d[0] + a2 * (d[1] + a2 * (d[2] + a2 * d[3]))))
-            factor = np.where(r > 1e-9, scaled / np.maximum(r, 1e-12), 1.0)
-            x, y = x * factor, y * factor
+            x, y = p[:, 0] / np.maximum(across, 1e-12) * scaled, p[:, 1] / np.maximum(across, 1e-12) * scaled
         elif camera.model in ("brown_conrady", "mei"):
             r2 = x * x + y * y
             ok &= r2 < _folds_at((k1, k2, k3))

@@ -27,6 +27,15 @@ def test_pixels_go_outwards_with_the_angle_and_none_comes_back_into_the_image(mo
     assert (np.diff(pixels[:edge, 0]) > 0).all()
 
 
+def test_a_fisheye_sees_beyond_90_degrees():
+    fisheye = camera("kannala_brandt", (0.02, -0.004, 0, 0), width=16000, height=16000)
+    angle = np.deg2rad([60.0, 89.0, 91.0, 100.0])
+    pixels, depth, seen = project(fisheye, 5 * np.stack((np.sin(angle), 0 * angle, np.cos(angle)), 1))
+    assert seen.all() and (depth[2:] < 0).all()
+    np.testing.assert_allclose(pixels[:, 0], 960 * angle * (1 + 0.02 * angle**2 - 0.004 * angle**4) + 696)
+    assert not project(fisheye, np.array([[0.0, 0.0, -5.0]]))[2].any()  # straight behind lies in no direction
+
+
 def test_inside_the_image_it_is_opencv():
     rng = np.random.default_rng(0)
     points = rng.uniform((-12, -4, 4), (12, 4, 30), (500, 3))

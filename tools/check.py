@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         [
             (
                 one_line(one.log.id, 60), f"{one.timing.duration_s:.1f}", f"{one.timing.poses.distance_m:.1f}" if one.timing.poses else "-",
-                one.timing.poses.source if one.timing.poses else "none", len(one.warnings),
+                one.timing.poses.source if one.timing.poses else "none",
+                f"{len(one.warnings)}" if one.survey else f"{len(one.warnings)}, by stamps alone",
             )
             for one in checked
         ],

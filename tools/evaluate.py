@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     for log in [None, *(dict.fromkeys(row.log for row in table if row.log is not None) if args.per_log else ())]:
         _print_block([row for row in table if row.log == log], "all logs" if log is None else one_line(log))
     rays = "all rays" if args.all_rays else f"{RAYS_PER_SWEEP} rays a sweep"
-    left_out = f"; {table.unreadable} clips left out, unreadable" if table.unreadable else ""
+    left_out = f"; {table.unreadable} clips left out: unreadable, or a sweep without returns" if table.unreadable else ""
     print(f"Logs: {table.logs}; clips: {table.clips}, of {table.seconds:.0f} s of recording; poses: {', '.join(table.poses)}; {rays}{left_out}.\n"
           f"That a return lies on a ray at 2..56 m is given, the true future poses too; its range is asked. Protocol {args.protocol}; metres, "
           "Chamfer in m2; a ray without an answer counts as the farther bound.")  # fmt: skip

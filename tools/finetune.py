@@ -64,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
         test = [part for path in args.test for part in open_data(path)]
     else:
         labelled = sorted({part.log.id for part in train if part.log.open_labels() is not None})
+        if not labelled:
+            raise UsageError(
+                "--data holds no log with labels: `open_labels` of their adapter gave none; without any there is nothing to fine-tune on"
+            )
         if len(labelled) < 4:
             raise UsageError(f"--data holds {len(labelled)} logs with labels: too few to set some apart; give --test")
         out = set(labelled[3::4])

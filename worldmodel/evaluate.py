@@ -308,7 +308,9 @@ def evaluate(
     seconds = PROTOCOLS[protocol].seconds if protocol in PROTOCOLS else ()
     if not clips:
         longest = (PAST - 1) / RATE_HZ + seconds[-1]
-        raise UsageError(f"no clip of {longest:.1f} s in the data: logs are shorter, have gaps or no poses; `wm info` says which")
+        raise UsageError(
+            f"no clip of {longest:.1f} s in the data: logs are shorter, have gaps, or no poses at least every 0.5 s; `wm check` says which"
+        )
     rays_asked = None if all_rays else rays_per_sweep
     table = Table()
     passes = [("", SUBSETS, seconds)] + ([(HIDDEN, (HIDDEN,), (0.0, *seconds))] if hidden_sector else [])

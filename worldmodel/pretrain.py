@@ -132,7 +132,8 @@ def train(
     clips, weights = clips_of_parts(parts, config)
     silent = without_clips(parts, clips)
     if report and silent:
-        report(0, 0, f"{len(silent)} logs give no clip (too short, too few sweeps a second, gaps, or no poses): {one_line(', '.join(silent))}")
+        why = "too short, too few sweeps a second, gaps, or no poses at least every 0.5 s"
+        report(0, 0, f"{len(silent)} logs give no clip ({why}): {one_line(', '.join(silent))}")
     train_rows, held_rows = split(clips, tc.validation, config.seed)
     if not train_rows:
         raise UsageError("nothing is left to train on after holding clips out; set train.validation=0 or give longer logs")

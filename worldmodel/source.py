@@ -50,8 +50,8 @@ def clips_of_parts(parts: Sequence[Part], config: Config) -> tuple[list[Clip], l
         clips += found
         weights += [part.weight] * len(found)
     if not clips:
-        raise UsageError(f"the data hold no clip of {m.past} past and {m.future} future frames at {m.rate_hz:g} Hz; are the logs long enough, and "
-                         "their sweeps that many a second?")  # fmt: skip
+        raise UsageError(f"the data hold no clip of {m.past} past and {m.future} future frames at {m.rate_hz:g} Hz: logs are too short, have fewer "
+                         "sweeps a second, gaps, or no poses at least every 0.5 s; `wm check` says which")  # fmt: skip
     return clips, weights
 
 

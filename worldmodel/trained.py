@@ -119,9 +119,9 @@ class Trained:
         return {arm: [_plain(m) for m in mixtures] for arm, mixtures in self.raw_mixtures(clip, history, rays, arms).items()}
 
     def forecast(self, clip: Clip, hide_sector_rad: tuple[float, float] | None = None, count: int | None = None) -> forecast.Forecast:
-        """Forecast of every future frame of the clip along the rays of its true returns, beside what the baselines say. count: rays a sweep
-        (None: all). hide_sector_rad (centre, width): a sector about the ego that is taken out of all past input; the present is then
-        forecast too, and rays into the sector are marked."""
+        """Forecast of every future frame of the clip along the rays of its true returns, beside what the baselines say; without colour where no
+        camera was in the training. count: rays a sweep (None: all). hide_sector_rad (centre, width): a sector about the ego that is taken out of
+        all past input; the present is then forecast too, and rays into the sector are marked."""
         from worldmodel.evaluate import baselines, conditional_quantiles
 
         history = history_of(clip)
@@ -133,6 +133,7 @@ class Trained:
             raise UsageError(f"{one_line(clip.id)}: no future frame, whose sweep says along which rays to forecast; cut the clip by `clips_of`")
         rays = [rays_of(clip, frame, count) for frame in frames]
         answers = self.raw_mixtures(clip, history, rays, (MODEL,))[MODEL]
+        saw_colour = self.model.rays.has_learned_colour
         futures = []
         for asked, mixture in zip(rays, answers, strict=True):
             levels = conditional_quantiles(_plain(mixture), np.array(forecast.LEVELS))
@@ -142,7 +143,7 @@ class Trained:
             futures.append(forecast.RayForecast(
                 asked.horizon_s, asked.present_from_sensor, asked.directions, levels[:, forecast.LEVELS.index(0.5)].astype(np.float32),
                 levels.astype(np.float32), asked.ranges, {name: predict(history, asked) for name, predict in baselines().items()},
-                _numpy(mixture.intensity), _numpy(mixture.colour), hidden,
+                _numpy(mixture.intensity), _numpy(mixture.colour) if saw_colour else None, hidden,
             ))  # fmt: skip
         return forecast.Forecast(clip.id, self.run.name, history.points, history.times_s, tuple(futures),
                                  clip.log.poses.source if clip.log.poses else "none", _best_baseline(futures))  # fmt: skip

@@ -107,6 +107,6 @@ def in_order(stamps_ns: Sequence[int], items: Sequence[Item], sensor: str, count
     order = np.argsort(stamps, kind="stable")
     fresh = np.ones(len(order), bool)
     fresh[1:] = np.diff(stamps[order]) > 0
-    counts[f"{sensor}: out of order, sorted"] += int((np.diff(stamps) < 0).sum())
+    counts[f"{sensor}: out of order, sorted"] += int((stamps < np.maximum.accumulate(stamps)).sum())
     counts[f"{sensor}: same stamp, dropped"] += int((~fresh).sum())
     return stamps[order[fresh]], [items[i] for i in order[fresh]]

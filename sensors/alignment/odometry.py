@@ -109,8 +109,9 @@ def _ground_thinned(points: Array) -> Array:
 
 
 class _Kiss:
-    """One run of kiss-icp on one thread. Most of the ground is left out, and sweeps with a time per point are first brought to their stamp by
-    the last motion."""
+    """One run of kiss-icp on one thread. Most of the ground is left out, and sweeps with a time per point are first brought to the middle of these
+    times by the last motion. Not to their stamp: where that is the first point's, what the last motion got wrong would come back with its sign
+    turned in every step, and swing up."""
 
     def __init__(self, motion: Array | None = None) -> None:
         from kiss_icp.config import load_config
@@ -130,11 +131,15 @@ class _Kiss:
         keep = _ground_thinned(points)
         points, time_ns = points[keep], None if time_ns is None else time_ns[keep]
         step_ns = 100_000_000 if self.last_ns is None else stamp_ns - self.last_ns
-        if time_ns is not None and step_ns:
-            points = deskew_steady(points, time_ns, self.kiss.last_delta, step_ns)
+        middle_ns = 0
+        if time_ns is not None and len(time_ns) and step_ns:
+            middle_ns = int(np.median(time_ns))
+            points = deskew_steady(points, time_ns - middle_ns, self.kiss.last_delta, step_ns)
         self.kiss.register_frame(points, np.zeros(0))
         self.last_ns = stamp_ns
-        return np.array(self.kiss.last_pose)
+        if middle_ns == 0:
+            return np.array(self.kiss.last_pose)
+        return np.array(self.kiss.last_pose) @ _part(self.kiss.last_delta, -middle_ns / step_ns)
 
 
 def odometry(log: Log, report: Report | None = None) -> Trajectory:
@@ -258,7 +263,7 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
                         other, more, _ = register(cloud, planes, steady)
                         if more > CLEARLY_MORE * matched:
                             found, matched, offset = other, more, steady
-                if matched >= min(MIN_MATCHED, len(cloud) // 3) and np.linalg.norm((inverse(offset) @ found)[:3, 3]) <= MAX_MOVED_M:
+                if matched >= max(1, min(MIN_MATCHED, len(cloud) // 3)) and np.linalg.norm((inverse(offset) @ found)[:3, 3]) <= MAX_MOVED_M:
                     moved = pose @ found
                     if offset is not still:
                         log.counts[f"{lidar}: step of the {start.source} poses given up for that of a steady motion"] += 1
@@ -275,12 +280,16 @@ def refined(log: Log, report: Report | None = None) -> Trajectory:
 
 def _steady(last_two: list[Array], stamps_ns: Array) -> Array:
     """The pose (4,4) at the third of stamps_ns (3,) of what was at last_two at the first two, and moves on steadily."""
+    share = (stamps_ns[2] - stamps_ns[1]) / (stamps_ns[1] - stamps_ns[0])
+    return last_two[1] @ _part(inverse(last_two[0]) @ last_two[1], share)
+
+
+def _part(motion: Array, share: float) -> Array:
+    """That share of a motion (4,4) which turns and moves evenly."""
     from scipy.spatial.transform import Rotation
 
-    share = (stamps_ns[2] - stamps_ns[1]) / (stamps_ns[1] - stamps_ns[0])
-    step = inverse(last_two[0]) @ last_two[1]
-    turn = Rotation.from_rotvec(share * Rotation.from_matrix(step[:3, :3]).as_rotvec()).as_matrix()
-    return last_two[1] @ from_rotation_translation(turn, share * step[:3, 3])
+    turn = Rotation.from_rotvec(share * Rotation.from_matrix(motion[:3, :3]).as_rotvec()).as_matrix()
+    return from_rotation_translation(turn, share * motion[:3, 3])
 
 
 def _start(log: Log, stamps_ns: Array, report: Report | None) -> tuple[Trajectory, Array]:

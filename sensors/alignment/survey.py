@@ -103,7 +103,7 @@ def survey(log: Log, report: Callable[[int, int, str], None] | None = None) -> S
     """Reads at most SWEEPS sweeps of each LiDAR, and PAIRS pairs of the reference's. An unreadable payload is counted, not raised."""
     sweeps = {name: _samples(log, name, report) for name in sorted(log.lidars)}
     pairs = _pairs(log, report) if log.lidars and log.poses is not None else ()
-    return Survey(sweeps, pairs, tuple(_mounting(log, sweeps) + _warnings(sweeps, pairs)))
+    return Survey(sweeps, pairs, tuple(_mounting(log, sweeps) + _warnings(sweeps, pairs, log.poses.source if log.poses else "none")))
 
 
 def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | None) -> SweepSamples:
@@ -208,9 +208,10 @@ def _distance(target: Planes, points: Array, target_from_points: Array) -> float
 
 
 def _mounting(log: Log, sweeps: dict[str, SweepSamples]) -> list[str]:
-    """Warnings on a LiDAR whose own frame is not that of one on a car's roof, which is what encoders are made for."""
+    """Warnings on a reference LiDAR whose own frame is not that of one on a car's roof, which is what encoders are made for."""
     out = []
-    for name, s in sweeps.items():
+    for name in [log.reference_lidar] if log.lidars else []:
+        s = sweeps[name]
         tilt_deg = float(np.rad2deg(np.arccos(np.clip(log.lidars[name].ego_from_lidar[2, 2], -1, 1))))
         if tilt_deg > TILTED_DEG:
             out.append(f"{name}: mounted {tilt_deg:.0f} degrees from upright, its frame too; encoders expect z up: turn points and ego_from_lidar "
@@ -222,7 +223,7 @@ def _mounting(log: Log, sweeps: dict[str, SweepSamples]) -> list[str]:
     return out
 
 
-def _warnings(sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...]) -> list[str]:
+def _warnings(sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...], poses: str) -> list[str]:
     out = []
     for name, s in sweeps.items():
         if s.unreadable:
@@ -247,5 +248,6 @@ def _warnings(sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...]) -> list[
         moved = np.array([pair.moved_m for pair in known])
         if np.median(moved) > MOVED_M or moved.max() > 3 * MOVED_M:
             off = f"{np.median(moved):.2f} m (median of {len(known)} pairs, at most {moved.max():.2f} m)"
-            out.append(f"poses: sweeps {PAIR_S:g} s apart lie off each other by {off}; ingest with --poses refined")
+            advice = "look at the pictures: traffic, or little structure?" if poses == "refined" else "ingest with --poses refined"
+            out.append(f"poses: sweeps {PAIR_S:g} s apart lie off each other by {off}; {advice}")
     return out

@@ -238,7 +238,8 @@ def _warnings(log: Log, sensors: tuple[SensorTiming, ...], poses: PoseTiming | N
         if reference is not None and sensor.name == log.reference_lidar:
             out += [line for line in (_short_warning(sensor), _slow_warning(sensor)) if line is not None]
         if sensor.rate_hz is not None and sensor.median_step_s is not None and not 0.8 < sensor.median_step_s * sensor.nominal_hz < 1.25:
-            out.append(f"{sensor.name}: {1 / sensor.median_step_s:.2f} Hz where {sensor.nominal_hz:.2f} Hz is nominal; check the unit of the stamps")
+            out.append(f"{sensor.name}: {1 / sensor.median_step_s:.2f} Hz where {sensor.nominal_hz:.2f} Hz is nominal; check the unit of the stamps, "
+                       "and whether the clock ran back in between")  # fmt: skip
         if reference is not None and sensor.first_ns is not None and sensor.last_ns is not None:
             offset = _clock_offset(sensor.first_ns, sensor.last_ns, reference, sensor.median_step_s or 1 / sensor.nominal_hz)
             if offset:
@@ -254,8 +255,9 @@ def _warnings(log: Log, sensors: tuple[SensorTiming, ...], poses: PoseTiming | N
             out.append(f"poses: their clock seems to differ by {offset} from the LiDAR's; nothing was shifted")
         elif poses.covered_share < 1:
             out.append(f"poses: {1 - poses.covered_share:.0%} of the sweeps lie outside of them; no clips there")
-    if poses.max_step_s is not None and poses.median_step_s is not None and poses.max_step_s > max(0.5, GAP_STEPS * poses.median_step_s):
-        out.append(f"poses: up to {poses.max_step_s:.2f} s apart; no clips across steps of more than 0.5 s")
+    if poses.max_step_s is not None and poses.median_step_s is not None and poses.max_step_s > 0.5:
+        none = "; most are, so ingest with --poses refined" if poses.median_step_s > 0.5 else ""
+        out.append(f"poses: up to {poses.max_step_s:.2f} s apart; no clips across steps of more than 0.5 s{none}")
     return out + _speed_warnings(poses)
 
 

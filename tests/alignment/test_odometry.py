@@ -10,6 +10,7 @@ from sensors.geometry import from_rotation_translation, inverse, pose_at, rotati
 from sensors.kernels.directions import View
 from sensors.kernels.registration import Planes, thinned
 from sensors.records import RecordError, Trajectory
+from sensors.simulator.log import simulate
 from tests.alignment.conftest import make_log, relative_errors, trajectory_of, true_poses
 
 
@@ -26,6 +27,25 @@ def test_odometry_keeps_the_speed_from_the_first_sweep_on(rolling):
     assert found.source == "odometry" and np.array_equal(found.stamps_ns, log.sweep_stamps_ns["top"])
     assert relative_errors(found.world_from_ego, true_poses(log)).max() < 0.15
     assert np.allclose(found.world_from_ego[0], np.eye(4), atol=1e-9)
+
+
+@pytest.mark.parametrize("at", [0.5, -0.5])
+def test_odometry_holds_wherever_in_its_sweep_a_stamp_lies(at):
+    """The same drive, stamped when a sweep begins (0.5 of a period earlier) or ends: each step within 0.04 and 0.08 m."""
+    log = simulate(9, seconds=3.0, lidar="hdl32")
+    (name,) = log.lidars
+    shift_ns = -round(at * 100_000_000)
+    stamps = log.sweep_stamps_ns[name] + shift_ns
+
+    def read_sweep(lidar, index):
+        sweep = log.read_sweep(lidar, index)
+        return dataclasses.replace(sweep, stamp_ns=sweep.stamp_ns + shift_ns, time_ns=sweep.time_ns - shift_ns)
+
+    found = odometry(dataclasses.replace(log, sweep_stamps_ns={name: stamps}, read_sweep=read_sweep))
+    known = log.poses.covers(stamps)
+    true = pose_at(log.poses, stamps[known])
+    assert known.sum() > 25 and np.linalg.norm(true[-1, :3, 3] - true[0, :3, 3]) > 10
+    assert relative_errors(found.world_from_ego[known], true).max() < 0.15
 
 
 def test_refined_poses_undo_a_drift_of_half_a_metre_per_second():

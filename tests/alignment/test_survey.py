@@ -69,6 +69,16 @@ def test_a_lidar_that_is_not_mounted_upright_is_told(roll_deg, pitch_deg, words)
     assert found == () if words is None else len(found) == 1 and words in found[0]
 
 
+def test_of_a_lidar_that_no_frame_is_built_on_nothing_is_asked():
+    log = make_log(3)
+    turn = Rotation.from_euler("y", 30, degrees=True).as_matrix()
+    side = dataclasses.replace(log.lidars["top"], name="side", ego_from_lidar=from_rotation_translation(turn, (0, 0, 0)))
+    stamps = log.sweep_stamps_ns["top"]
+    both = dataclasses.replace(log, lidars={**log.lidars, "side": side}, sweep_stamps_ns={"top": stamps, "side": stamps[:1]},
+                               read_sweep=lambda lidar, index: dataclasses.replace(log.read_sweep("top", index), lidar=lidar))  # fmt: skip
+    assert both.reference_lidar == "top" and survey(both).warnings == ()
+
+
 def test_a_lidar_higher_than_the_encoder_looks_is_told_with_what_to_set():
     log = make_log(3)
 

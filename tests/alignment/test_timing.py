@@ -139,6 +139,15 @@ def test_it_is_told_of_just_the_rates_that_give_no_clips(rate_hz):
     assert any("too few for clips" in line for line in timing(log).warnings) == (not clips_of(log))
 
 
+@pytest.mark.parametrize(("every", "words"), [(1, ""), (10, "up to 1.00 s apart; no clips across steps of more than 0.5 s; most are, so")])
+def test_poses_of_a_satellite_a_second_give_no_clips_and_are_told(every, words):
+    log = make_log(41)
+    poses = trajectory_of(log)
+    sparse = dataclasses.replace(log, poses=Trajectory(poses.stamps_ns[::every], poses.world_from_ego[::every], "gnss"))
+    found = [line for line in timing(sparse).warnings if "apart" in line]
+    assert len(found) == bool(words) and all(words in line for line in found)
+
+
 def test_warnings_are_single_lines():
     for log in (log_with(sweeps=np.delete(STAMPS, 9), poses=None), log_with(speed=(STAMPS, np.full(COUNT, 5.0)), camera_ns=STAMPS[:2])):
         assert timing(log).warnings and all("\n" not in line for line in timing(log).warnings)

@@ -12,6 +12,8 @@ from sensors.clips import clips_at, clips_of
 from sensors.errors import UsageError, WmError
 from sensors.rays import history_of, rays_of
 from sensors.records import Labels
+from sensors.simulator.log import simulate
+from tests.worldmodel.conftest import tiny, train
 from worldmodel import finetune, probe, rundir
 from worldmodel.export.verify import export, verify
 from worldmodel.tools.cli import main
@@ -57,8 +59,17 @@ def test_a_forecast_has_everything_a_picture_needs(trained, parts):
     assert len(forecast.futures) == 1 + len(clip.future)
     assert all(f.hidden is not None and (np.diff(f.quantiles, axis=1) >= -1e-4).all() for f in forecast.futures)
     assert sum(int(f.hidden.sum()) for f in forecast.futures) > 0
-    assert forecast.futures[1].intensity.min() >= 0 and forecast.futures[1].colour.shape[1] == 3
+    assert forecast.futures[1].intensity.min() >= 0 and forecast.futures[1].intensity.max() <= 1
     assert "accumulate_nearest" in forecast.futures[0].baselines
+
+
+def test_colour_is_forecast_where_cameras_were_in_the_training_alone(trained, parts, tmp_path_factory):
+    clip = clips_of(parts[0].log)[0]
+    assert not parts[0].log.cameras and trained.forecast(clip, count=16).futures[0].colour is None
+    seen = [dataclasses.replace(parts[0], log=simulate(7, seconds=2.4, lidar="hdl32", cameras="front", every=2))]
+    saw = worldmodel.load(train(seen, tmp_path_factory.mktemp("seen") / "run", tiny("train.steps=2")))
+    colour = saw.forecast(clip, count=16).futures[0].colour
+    assert colour.shape == (16, 3) and (colour > 0).all() and (colour < 1).all()
 
 
 def test_without_a_future_only_the_present_can_be_asked_about(trained, parts):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sensors.alignment.deskew import deskew
 from sensors.alignment.survey import Survey, cloud_in_ego, pair_indices
 from sensors.alignment.timing import Timing
 from sensors.clips import nearest_index
@@ -326,19 +328,22 @@ def _projection(log: Log, camera: str) -> Markup:
 
 
 def _projected(log: Log, camera: str, stamp_ns: int) -> tuple[Array, Array, float, bool]:
-    """Pixels (N,2) and depths (N,) of the sweep of the reference LiDAR nearest to the image, how much later it is in ms, and whether the
-    poses of the two instants were used."""
+    """Pixels (N,2) and depths (N,) of the sweep of the reference LiDAR nearest to the image, how much later it is in ms, and whether poses
+    brought it to the image's instant (each point, where points have times)."""
     record, lidar = log.cameras[camera], log.reference_lidar
     stamps = log.sweep_stamps_ns[lidar]
     at = int(nearest_index(stamps, np.array([stamp_ns]))[0])
-    points = transform_points(log.lidars[lidar].ego_from_lidar, log.read_sweep(lidar, at).points.astype(np.float64))
-    posed = False
+    sweep, ego_from_lidar = log.read_sweep(lidar, at), log.lidars[lidar].ego_from_lidar
+    points, posed = sweep.points.astype(np.float64), False
     if log.poses is not None:
-        try:
-            poses = pose_at(log.poses, np.array([stamp_ns, stamps[at]]))
-            points, posed = transform_points(inverse(poses[0]) @ poses[1], points), True
-        except RecordError:
-            pass  # the poses do not reach here: drawn without them, and the caption says so
+        with suppress(RecordError):  # the poses do not reach here: drawn without them, and the caption says so
+            if sweep.time_ns is not None and not sweep.deskewed:
+                points = deskew(points, sweep.time_ns, ego_from_lidar, log.poses, sweep.stamp_ns, stamp_ns)[0].astype(np.float64)
+            else:
+                poses = pose_at(log.poses, np.array([stamp_ns, stamps[at]])) @ ego_from_lidar
+                points = transform_points(inverse(poses[0]) @ poses[1], points)
+            posed = True
+    points = transform_points(ego_from_lidar, points)
     uv, depth, seen = project(record, transform_points(inverse(record.ego_from_camera), points))
     return uv[seen], depth[seen], float(stamps[at] - stamp_ns) / 1e6, posed
 

@@ -207,6 +207,11 @@ class RayHead(nn.Module):
         nn.init.zeros_(self.latent_out.weight)
         nn.init.zeros_(self.latent_out.bias)
 
+    @property
+    def has_learned_colour(self) -> bool:
+        """Whether any return in training was seen by a camera: without, the weights of the three colours are the zeros that they began as."""
+        return bool(self.latent_out.weight[4:].any())
+
     def prior(self, rays: RayInput) -> Prior:
         count = len(rays.origin)
         device = rays.origin.device
