@@ -234,7 +234,10 @@ def test_a_log_without_clips_is_named_however_fast_the_lines_come(parts, tmp_pat
     report = reporter("step")
     report(0, 9, "a line just before, which holds back the next")
     train([first, *parts[1:]], tmp_path / "run", tiny("train.steps=1", "train.validation=0.0"), report=report)
-    assert f"step: 1 logs give no clip (too short, too few sweeps a second, gaps, or no poses): {parts[0].log.id}\n" in capsys.readouterr().err
+    assert (
+        f"step: 1 logs give no clip (too short, too few sweeps a second, gaps, or no poses at least every 0.5 s): {parts[0].log.id}\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_command_that_never_began_leaves_its_folder_to_the_corrected_one(store, tmp_path, capsys):
