@@ -27,8 +27,8 @@ POSES = ("log", "odometry", "refined")
 
 @dataclass(frozen=True)
 class IngestReport:
-    """Logs: seen = stored + already + other_shards + quarantined. Items (sweeps, images) of the logs stored now: items + those
-    quarantined among `reasons`. bytes: what was written for them."""
+    """Logs: seen = stored + already + other_shards + quarantined. Items (sweeps, images) of the logs stored now: items +
+    items_quarantined; labels_quarantined: what could not be read of their labels. bytes: what was written for them."""
 
     seen: int = 0
     stored: int = 0
@@ -37,6 +37,7 @@ class IngestReport:
     quarantined: int = 0
     items: int = 0
     items_quarantined: int = 0
+    labels_quarantined: int = 0
     bytes: int = 0
     references: Mapping[str, int] = field(default_factory=dict)
     reasons: tuple[Quarantined, ...] = ()
@@ -48,7 +49,7 @@ class IngestReport:
 
     @property
     def exit_code(self) -> int:
-        return 3 if self.quarantined or self.items_quarantined else 0
+        return 3 if self.quarantined or self.items_quarantined or self.labels_quarantined else 0
 
 
 def ingest(
@@ -108,6 +109,7 @@ def ingest(
 def _account(tally: Tally) -> IngestReport:
     ordered = sorted(tally.outcomes, key=lambda outcome: outcome.log)
     stored = [outcome for outcome in ordered if outcome.kind == "stored"]
+    left_out = [reason.sensor == "labels" for outcome in stored for reason in outcome.reasons]
     return IngestReport(
         seen=len(ordered),
         stored=len(stored),
@@ -115,7 +117,8 @@ def _account(tally: Tally) -> IngestReport:
         other_shards=tally.count("other_shards"),
         quarantined=tally.count("quarantined"),
         items=sum(outcome.items for outcome in stored),
-        items_quarantined=sum(len(outcome.reasons) for outcome in stored),
+        items_quarantined=left_out.count(False),
+        labels_quarantined=left_out.count(True),
         bytes=sum(outcome.bytes for outcome in stored),
         references=dict(sorted(Counter(outcome.reference for outcome in stored if outcome.reference).items())),
         reasons=tuple(reason for outcome in ordered for reason in outcome.reasons),

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ ROTATION_TOLERANCE = 1e-3
 POSE_SOURCES = ("log", "gnss", "odometry", "refined")
 CAMERA_MODELS = {"pinhole": 0, "brown_conrady": 5, "kannala_brandt": 4, "mei": 5}  # and how many distortion parameters each has
 MAX_POINTS = 1 << 26
+MOST_YAW_RAD, FARTHEST_BOX_M = 2 * np.pi + 1e-3, 1000.0
 
 
 class RecordError(WmError, ValueError):
@@ -267,11 +268,18 @@ class Box:
 
     def __post_init__(self) -> None:
         what = f"box {self.track} at {self.stamp_ns}"
+        for name in ("track", "category"):
+            if not isinstance(value := getattr(self, name), str):
+                raise RecordError(f"{what}: {name} {value!r} is a {type(value).__name__}, expected a str; write str(...) in the adapter")
         object.__setattr__(self, "stamp_ns", _stamp(what, self.stamp_ns))
         object.__setattr__(self, "centre", _finite(what, checked_array(what, self.centre, np.float64, (3,))))
         object.__setattr__(self, "size", _finite(what, checked_array(what, self.size, np.float64, (3,))))
         if (self.size <= 0).any() or not np.isfinite(self.yaw_rad):
             raise RecordError(f"{what}: size {self.size.tolist()}, yaw {self.yaw_rad}; sizes are positive and (l, w, h)")
+        if abs(self.yaw_rad) > MOST_YAW_RAD:
+            raise RecordError(f"{what}: yaw {self.yaw_rad:g} is more than a turn; give radians")
+        if (away_m := float(np.linalg.norm(self.centre))) > FARTHEST_BOX_M:
+            raise RecordError(f"{what}: {away_m:.0f} m from the vehicle; centres are in the ego frame of that instant, not in the world's")
         if self.velocity is not None:
             object.__setattr__(self, "velocity", checked_array(what, self.velocity, np.float64, (2,)))
 
@@ -310,6 +318,13 @@ class Labels:
     read_point_labels: Callable[[str, int], PointLabels | None] = lambda lidar, index: None
     read_camera_truth: Callable[[str, int], tuple[Array, Array] | None] = lambda camera, index: None
     read_missing_rays: Callable[[str, int], Array | None] = lambda lidar, index: None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("boxes", Box), ("categories", str)):
+            values = tuple(getattr(self, name))
+            if wrong := next((value for value in values if not isinstance(value, kind)), None):
+                raise RecordError(f"labels, {name}: holds a {type(wrong).__name__} where each is a {kind.__name__}")
+            object.__setattr__(self, name, values)
 
 
 def reference_of(lidars: Mapping[str, Lidar], sweeps: Mapping[str, int]) -> str:
@@ -375,6 +390,8 @@ class Log:
             checked = {}
             for name, stamps in by_sensor.items():
                 stamps = checked_array(f"log {self.id}, {kind} {name}", stamps, np.int64, (None,))
+                for end in stamps[[0, -1]].tolist() if len(stamps) else ():
+                    _stamp(f"log {self.id}, {kind} {name}", end)
                 if (np.diff(stamps) <= 0).any():
                     at = int(stamps[1:][np.diff(stamps) <= 0][0])
                     raise RecordError(f"log {self.id}, {kind} {name}: stamps do not ascend at {at} ns; order and de-duplicate them in the adapter")
@@ -387,6 +404,33 @@ class Log:
         if not self.lidars:
             raise RecordError(f"log {self.id}: no LiDAR; frames need one")
         return reference_of(self.lidars, {name: len(self.sweep_stamps_ns[name]) for name in self.lidars})
+
+
+Item = TypeVar("Item", Sweep, Image)
+
+
+def announced(log: Log, kind: type[Item], sensor: str, index: int, item: object) -> Item:
+    """What a reader of the log gave for the index-th item of a sensor. RecordError where it is not that item: readers raise what they cannot read."""
+    what = f"log {log.id}, {sensor}: item {index}"
+    if not isinstance(item, kind):
+        raise RecordError(f"{what} was read as a {type(item).__name__} where a {kind.__name__} belongs; raise RecordError for what is unreadable")
+    stamp = int((log.sweep_stamps_ns if kind is Sweep else log.image_stamps_ns)[sensor][index])
+    if item.stamp_ns != stamp:
+        raise RecordError(f"{what} has stamp {item.stamp_ns}, announced was {stamp}")
+    return item
+
+
+def labels_of(log: Log, opened: Callable[[], object]) -> Labels | None:
+    """What opening the log's labels gave. RecordError where that is something else."""
+    labels = opened()
+    if not isinstance(labels, Labels | None):
+        raise RecordError(f"log {log.id}: open_labels gave a {type(labels).__name__}; give Labels(boxes=...), or None where there are none")
+    return labels
+
+
+def boxes_astray(labels: Labels, stamps_ns: Array) -> int:
+    """How many boxes lie at none of the instants (N,) i64: labels are looked up by the stamp of a sweep."""
+    return int((~np.isin(np.array([box.stamp_ns for box in labels.boxes], np.int64), stamps_ns)).sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,6 +140,15 @@ def test_pages_stay_small_however_many_logs_sensors_and_lines_there_are():
         assert text in page
 
 
+def test_images_that_do_not_fit_their_camera_are_told():
+    log = street_log()
+    wrong = dataclasses.replace(log, cameras={"front": dataclasses.replace(log.cameras["front"], width=160, height=80)})
+    assert "front: images of 80x40 pixels, its calibration is for 160x80; scale K in the adapter" in survey(wrong).warnings
+    cut = dataclasses.replace(log, read_image=lambda camera, index: dataclasses.replace(log.read_image(camera, index), width=40))
+    assert any(line.startswith("front: 4 of 4 sampled images cannot be read; the first: ") and "the file says 80x40" in line
+               for line in survey(cut).warnings)  # fmt: skip
+
+
 def test_the_timeline_of_a_very_long_log_is_bounded():
     log = street_log(unreadable=range(10**7))
     stamps = 10**9 + np.cumsum(np.where(np.arange(10**6) % 50 == 0, 10**9, 10**8)).astype(np.int64)

@@ -24,7 +24,7 @@ def test_json_names_everything_that_was_looked_at(quick, capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     groups = {row["group"] for row in found["findings"]}
-    assert groups == {"system", "processor", "package", "gpu", "cache", "library", "extra"}
+    assert groups == {"system", "processor", "package", "gpu", "cache", "library", "extra", "adapter"}
     assert {row["state"] for row in found["findings"]} <= {"ok", "lacking", "optional"}
     assert {row["name"] for row in found["findings"] if row["group"] == "extra"} >= {"nuscenes", "dev"}
     assert found["ok"] == all(row["state"] != "lacking" for row in found["findings"])

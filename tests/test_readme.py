@@ -196,12 +196,16 @@ def test_the_example_of_an_adapter_says_which_file_is_wrong(fleet, tmp_path):
 
 
 def test_the_example_of_an_adapter_is_ingested(fleet, tmp_path):
+    from sensors.formats.detections import class_of
+    from sensors.formats.images import decode
     from sensors.ingest import ingest
     from sensors.store.reader import open_store
 
     report = ingest([fleet.write_sample(tmp_path)], tmp_path.parent / f"{tmp_path.name}-store")
-    assert (report.seen, report.stored, report.items, report.exit_code) == (1, 1, 3, 0)
+    assert (report.seen, report.stored, report.items, report.exit_code) == (1, 1, 7, 0)
     log = open_store(tmp_path.parent / f"{tmp_path.name}-store").open_log("fleet/drive-1")
+    assert decode(log.read_image("front", 3)).shape == (400, 640, 3) and not [what for what in log.counts if what.startswith("labels")]
+    assert [(box.track, class_of(box.category)) for box in log.open_labels().boxes] == [("17", "car")]
     assert log.poses.source == "gnss" and len(log.read_sweep("top", 0).points) == 480
 
 

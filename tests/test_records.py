@@ -7,7 +7,7 @@ import pytest
 
 from sensors.adapters.base import in_order
 from sensors.geometry import rotation_z
-from sensors.records import Lidar, Log, RecordError, Sweep, Trajectory, checked_transform
+from sensors.records import Box, Labels, Lidar, Log, RecordError, Sweep, Trajectory, checked_transform
 
 POINTS, INTENSITY = np.zeros((5, 3), np.float32), np.zeros(5, np.float32)
 
@@ -53,6 +53,21 @@ def test_many_poses_are_checked_as_one_is():
     broken[9, 3, 0] = 1
     with pytest.raises(RecordError, match=r"^pose at 9: not a rigid"):
         Trajectory(stamps, broken)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"track": 17}, "track 17 is a int, expected a str"),
+    ({"category": None}, "category None is a NoneType"),
+    ({"yaw_rad": 90.0}, "yaw 90 is more than a turn; give radians"),
+    ({"centre": (4e5, 5e6, 0)}, "5015974 m from the vehicle; centres are in the ego frame"),
+])  # fmt: skip
+def test_boxes_in_other_units_and_frames_are_refused(change, words):
+    right = {"stamp_ns": 7, "track": "17", "category": "car", "centre": (9, 0, 1), "size": (4, 2, 1.5), "yaw_rad": -6.2}
+    assert Labels([Box(**right)]).boxes[0].track == "17"
+    with pytest.raises(RecordError, match=rf"^box .* at 7: {words}"):
+        Box(**right | change)
+    with pytest.raises(RecordError, match="labels, boxes: holds a dict where each is a Box"):
+        Labels((Box(**right), right))
 
 
 def test_a_lidar_and_a_camera_have_names_of_their_own():

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", type=Path, help="a store, or recordings as `wm ingest` takes them")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the page (default: check.html; with --json none)")
     parser.add_argument("--dataset", metavar="NAME", help="which adapter reads a raw log (guessed where only one can)")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of that adapter; may be repeated")
     parser.add_argument(
         "--log", action="append", default=[], metavar="ID", help=f"show this log in full; may be repeated (default: the first {IN_FULL})"
     )
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from sensors.adapters.base import guarded
     from sensors.alignment.survey import survey
     from sensors.alignment.timing import timing
     from sensors.errors import UsageError, one_line
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     stored = (args.path / STORE_FILE).is_file()
     if args.deep and not stored:
         raise UsageError(f"{one_line(args.path)}: not a store, so there are no digests to compare; leave out --deep")
-    logs, problems, not_opened = _open_store(args.path, args.log) if stored else _open_raw(args.path, args.dataset, args.log)
+    logs, problems, not_opened = _open_store(args.path, args.log) if stored else _open_raw(args.path, args.dataset, args.option, args.log)
     notes = []
     if args.deep:
         from sensors.store.reader import open_store
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         )
     report = reporter("check")
     checked = []
-    for number, log in enumerate(logs):
+    for number, log in enumerate(map(guarded, logs)):
         report(number, len(logs), one_line(log.id, 60))
         checked.append(Checked(log, timing(log), survey(log) if number < IN_FULL or log.id in args.log else None))
     report(len(logs), max(len(logs), 1), "")
@@ -116,12 +118,12 @@ def _open_store(path: Path, wanted: list[str]) -> tuple[list[Log], list[str], in
     return logs, problems, max(len(ids) - OPENED, 0)
 
 
-def _open_raw(path: Path, dataset: str | None, wanted: list[str]) -> tuple[list[Log], list[str], int]:
-    from sensors.adapters.base import open_source
+def _open_raw(path: Path, dataset: str | None, options: list[str], wanted: list[str]) -> tuple[list[Log], list[str], int]:
+    from sensors.adapters.base import open_source, options_of
     from sensors.errors import UsageError, WmError, one_line
 
     logs, problems, not_opened = [], [], 0
-    for entry in open_source(path, dataset):
+    for entry in open_source(path, dataset, options_of(options)):
         if isinstance(entry, WmError):
             problems.append(str(entry))
         elif len(logs) < OPENED or entry.id in wanted:

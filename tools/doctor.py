@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from worldmodel.tools.terminal import print_json
 
     imports = probe([name for name, _ in IMPORTS])
-    findings = [*_system(), *_threads(imports), *_packages(imports), *_gpu(imports), *_caches(), *_libraries(), *_extras()]
+    findings = [*_system(), *_threads(imports), *_packages(imports), *_gpu(imports), *_caches(), *_libraries(), *_extras(), *_adapters()]
     lines = commands(findings)
     lacking = sum(finding.state == "lacking" for finding in findings)
     if args.json:
@@ -239,6 +239,15 @@ def _libraries() -> list[Finding]:
     rows.append(Finding("library", "browser", "ok", f"{browser}: opens the pages") if browser
                 else Finding("library", "browser", "optional", "none here; the pages open in any browser elsewhere", "apt:chromium"))  # fmt: skip
     return rows
+
+
+def _adapters() -> list[Finding]:
+    from sensors.adapters.base import adapters, broken
+
+    good = [Finding("adapter", name, "ok", f"reads {name}") for name in adapters()]
+    return good + [
+        Finding("adapter", name, "optional", f"cannot be used: {why}", "mend it, or uninstall its package") for name, why in broken().items()
+    ]
 
 
 def _extras() -> list[Finding]:

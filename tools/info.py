@@ -18,6 +18,7 @@ HELP = "list what is inside a store or a raw log"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", type=Path, help="a store, or recordings as `wm ingest` takes them")
     parser.add_argument("--dataset", metavar="NAME", help="which adapter reads a raw log (guessed where only one can)")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of that adapter; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         for log_id in store.ids:
             manifest = store.manifest(log_id)
             facts = {key: manifest[key] for key in ("generation", "quarantined", "source", "options")}
+            facts["boxes"] = manifest["labels"]["box_count"] if manifest["labels"] else None
             try:
                 opened = store.open_log(log_id)
             except Interrupted:
@@ -45,19 +47,20 @@ def run(args: argparse.Namespace) -> int:
                 continue
             logs.append(_facts(opened) | facts | {"bytes": sum(row["bytes"] for row in manifest["files"])})
     else:
-        for entry in _raw(args.path, args.dataset):
+        for entry in _raw(args.path, args.dataset, args.option):
             if isinstance(entry, str):
                 problems.append(entry)
             else:
-                logs.append(_facts(entry) | {"bytes": sum(path.stat().st_size for path in set(entry.files) if path.is_file())})
+                logs.append(_facts(entry) | {"boxes": None, "bytes": sum(path.stat().st_size for path in set(entry.files) if path.is_file())})
     if args.json:
         print_json("info", path=str(args.path), store=stored, logs=logs, problems=problems, strangers=strangers)
         return 1 if problems else 0
     rows = [
-        (one_line(log["id"], 60), f"{log['seconds']:.1f}", f"{log['bytes'] / 1e6:.1f}", log["pose_source"] or "none", log["stamps"], log["licence"])
+        (one_line(log["id"], 60), f"{log['seconds']:.1f}", f"{log['bytes'] / 1e6:.1f}", log["pose_source"] or "none",
+         "-" if not stored else "none" if log["boxes"] is None else log["boxes"], log["stamps"], log["licence"])
         for log in logs
-    ]
-    print_table(f"{one_line(args.path)}: {len(logs)} logs", ("log", "s", "MB", "poses", "stamps", "licence"), rows)
+    ]  # fmt: skip
+    print_table(f"{one_line(args.path)}: {len(logs)} logs", ("log", "s", "MB", "poses", "boxes", "stamps", "licence"), rows)
     sensors = [
         (one_line(log["id"], 60), one_line(name, 40), row["kind"], row["count"], f"{row['rate_hz']:.2f}", row["of"])
         for log in logs
@@ -79,11 +82,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _raw(path: Path, dataset: str | None) -> Iterator[Log | str]:
-    from sensors.adapters.base import open_source
+def _raw(path: Path, dataset: str | None, options: list[str]) -> Iterator[Log | str]:
+    from sensors.adapters.base import open_source, options_of
     from sensors.errors import WmError
 
-    for entry in open_source(path, dataset):
+    for entry in open_source(path, dataset, options_of(options)):
         yield str(entry) if isinstance(entry, WmError) else entry
 
 

@@ -33,18 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sensors.errors import UsageError, one_line
+    from sensors.adapters.base import options_of
+    from sensors.errors import one_line
     from sensors.ingest import ingest
     from worldmodel.tools.terminal import print_json, print_references, reporter
 
-    pairs = [pair.partition("=") for pair in args.option]
-    if bad := [key for key, equals, _ in pairs if not (key and equals)]:
-        raise UsageError(f"--option {one_line(bad[0])}: write it as KEY=VALUE")
     found = ingest(
         args.sources,
         args.store,
         dataset=args.dataset,
-        options={key: value for key, _, value in pairs},
+        options=options_of(args.option),
         poses=args.poses,
         workers=args.workers,
         shard_index=args.shard_index,
@@ -64,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if found.stored:
         seen = found.items + found.items_quarantined
         print(f"{seen} sweeps and images seen = {found.items} stored + {found.items_quarantined} quarantined; {found.bytes / 1e6:.1f} MB")
+    if found.labels_quarantined:
+        print(f"{found.labels_quarantined} labels quarantined")
     print_references(found.references)
     for row in found.reasons[:20]:
         where = row.log if row.sensor is None else f"{row.log}, {row.sensor}" + (f" at {row.stamp_ns}" if row.stamp_ns is not None else "")

@@ -243,6 +243,9 @@ def _colours(clip: Clip, frame: Frame, rays: Rays) -> Array:
         except WmError:
             clip.log.counts[f"{name}: images unreadable, colour left out"] += 1
             continue
+        if pixels.shape[:2] != (camera.height, camera.width):
+            clip.log.counts[f"{name}: images of another size than its calibration, colour left out"] += 1
+            continue
         places, _, inside = project(camera, transform_points(inverse(camera.ego_from_camera), ego_points))
         at = np.rint(places[inside]).astype(np.int64)
         colours[inside] = pixels[at[:, 1], at[:, 0]].astype(np.float32) / 255

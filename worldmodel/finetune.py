@@ -108,8 +108,8 @@ def examples(
         clips = clips_at(part.log, stamps, past=model.past, rate_hz=model.rate_hz, from_ns=part.from_ns)
         found += [task.example_of(clip, labels, config) for clip in clips]
     if not found:
-        raise WmError(f"no log of the {what} data has labels at an instant that can be used; the simulator's and nuScenes' have, and KITTI's "
-                      "with tracking labels beside the drive")  # fmt: skip
+        raise WmError(f"no log of the {what} data has labels at an instant that can be used: boxes at the stamp of a sweep of the reference LiDAR; "
+                      "`wm check` counts those beside all sweeps")  # fmt: skip
     return found
 
 

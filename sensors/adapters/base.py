@@ -24,7 +24,9 @@ import importlib
 import pkgutil
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import GeneratorType, ModuleType
@@ -34,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensors.errors import Interrupted, UsageError, WmError, one_line
-from sensors.records import Log, RecordError, checked_array
+from sensors.records import Image, Log, RecordError, Sweep, announced, checked_array, labels_of
 
 Item = TypeVar("Item")
 
@@ -43,32 +45,66 @@ GROUP = "driving_worldmodel.adapters"
 
 def adapters() -> dict[str, ModuleType]:
     """All adapters by dataset name: the modules beside this one, then those that other distributions announce."""
+    return _found()[0]
+
+
+def broken() -> dict[str, str]:
+    """Adapters that other distributions announce and that cannot be used, and why: they stand in nobody's way."""
+    return _found()[1]
+
+
+def _found() -> tuple[dict[str, ModuleType], dict[str, str]]:
     package = importlib.import_module("sensors.adapters")
     found = {m.name: importlib.import_module(f"sensors.adapters.{m.name}") for m in pkgutil.iter_modules(package.__path__) if m.name != "base"}
+    bad = {}
     for entry in entry_points(group=GROUP):
-        found.setdefault(entry.name, entry.load())
-    return dict(sorted(found.items()))
+        try:
+            if entry.name in found:
+                raise UsageError(f"there is an adapter of this name already; announce {entry.value} under another")
+            found[entry.name] = entry.load()
+        except Exception as error:
+            bad[entry.name] = one_line(error if isinstance(error, UsageError) else f"{type(error).__name__}: {error}", 200)
+    return dict(sorted(found.items())), bad
 
 
 def guess(path: Path) -> str:
     """The dataset that `path` holds; UsageError where no adapter, or more than one equally, claims it."""
     if not path.exists():
         raise UsageError(f"{one_line(path)}: does not exist; give the folder that holds the recordings")
-    scores = {name: float(module.recognise(path)) for name, module in adapters().items()}
+    known, bad = _found()
+    scores = {}
+    for name, module in known.items():
+        try:
+            scores[name] = float(module.recognise(path))
+        except Exception as error:
+            bad[name] = str(unforeseen(error, name))
     best = max(scores.values(), default=0.0)
     names = [name for name, score in scores.items() if score == best]
     if best <= 0:
-        raise UsageError(f"{one_line(path)}: no adapter recognises it ({', '.join(scores)}); give --dataset, or the folder one level up or down")
+        unasked = "".join(f"; {one_line(name, 60)} could not be asked, {why}" for name, why in bad.items())
+        raise UsageError(
+            f"{one_line(path)}: no adapter recognises it ({', '.join(scores)}){unasked}; give --dataset, or the folder one level up or down"
+        )
     if len(names) > 1:
         raise UsageError(f"{one_line(path)}: could be {' or '.join(names)}; give --dataset")
     return names[0]
 
 
+def options_of(pairs: Sequence[str]) -> dict[str, str]:
+    """Options of an adapter as a command line gives them, KEY=VALUE each; UsageError for what is not."""
+    split = [pair.partition("=") for pair in pairs]
+    if bad := [key for key, equals, _ in split if not (key and equals)]:
+        raise UsageError(f"--option {one_line(bad[0])}: write it as KEY=VALUE")
+    return {key: value for key, _, value in split}
+
+
 def open_source(path: Path, dataset: str | None = None, options: Mapping[str, str] | None = None) -> Iterator[Log | WmError]:
     """Every log of a source; in place of one that cannot be opened, the error that says why. dataset None: guessed."""
     name = dataset or guess(path)
-    if name not in (known := adapters()):
-        raise UsageError(f"dataset {one_line(name)!r} is not one of {', '.join(known)}")
+    known, bad = _found()
+    if name not in known:
+        why = f"its adapter cannot be used, {bad[name]}" if name in bad else f"not one of {', '.join(known)}"
+        raise UsageError(f"dataset {one_line(name)!r}: {why}")
     try:
         logs = known[name].open_logs(path, options or {})
     except (WmError, MemoryError):
@@ -76,18 +112,46 @@ def open_source(path: Path, dataset: str | None = None, options: Mapping[str, st
     except Exception as error:
         yield unforeseen(error, name)
         return
+    none = True
     while True:
         try:
-            yield next(logs)
+            log = next(logs)
+            none = False
+            yield (
+                log if isinstance(log, Log) else RecordError(f"{one_line(path)}: the adapter {name} gave a {type(log).__name__} where a Log belongs")
+            )
         except StopIteration:
+            if none:
+                raise UsageError(f"{one_line(path)}: {name} finds no log there; give the folder one level up or down, or another --dataset") from None
             return
         except (UsageError, Interrupted, MemoryError):
             raise
         except Exception as error:
+            none = False
             yield error if isinstance(error, WmError) else unforeseen(error, name)
             if isinstance(logs, GeneratorType):
                 why = f"{name} opens logs in a generator, which an error ends; those behind it are left out"
                 yield RecordError(f"{one_line(path)}: {why}; let its open_logs give map(open_one, sources)")
+
+
+def guarded(log: Log) -> Log:
+    """The log with readers whose errors are all RecordErrors: what the adapter did not foresee as well, and items that it did not announce."""
+
+    def shielded(read: Callable[..., Item], *where: Any) -> Item:
+        try:
+            return read(*where)
+        except (WmError, MemoryError):
+            raise
+        except Exception as error:
+            raise unforeseen(error, log.dataset) from error
+
+    def sweep(lidar: str, index: int) -> Sweep:
+        return announced(log, Sweep, lidar, index, shielded(log.read_sweep, lidar, index))
+
+    def image(camera: str, index: int) -> Image:
+        return announced(log, Image, camera, index, shielded(log.read_image, camera, index))
+
+    return replace(log, read_sweep=sweep, read_image=image, open_labels=lambda: labels_of(log, partial(shielded, log.open_labels)))
 
 
 def unforeseen(error: Exception, dataset: str) -> RecordError:

@@ -18,16 +18,17 @@ from numpy.typing import NDArray
 from sensors.alignment.deskew import deskew
 from sensors.alignment.odometry import register
 from sensors.clips import nearest_index
-from sensors.errors import Interrupted, WmError
+from sensors.errors import Interrupted, WmError, one_line
+from sensors.formats.images import decode
 from sensors.geometry import inverse, pose_at, transform_points
 from sensors.kernels.nearest import nearest
 from sensors.kernels.registration import Planes, thinned
 from sensors.rays import inside_box
-from sensors.records import Log, RecordError
+from sensors.records import Log, RecordError, boxes_astray
 
 Array = NDArray[Any]
 
-SWEEPS, PAIRS = 48, 6
+SWEEPS, PAIRS, IMAGES = 48, 6, 4
 PAIR_S = 1.0
 VOXEL_M = 0.25
 MIN_RANGE_M, MAX_RANGE_M = 3.0, 40.0
@@ -36,17 +37,19 @@ MIN_MATCHED = 500
 # nothing on wheels gets as far in PAIR_S: the poses jump, and clouds so far apart are not for the registration
 FAR_M = 200.0
 # what makes a warning
-MOVED_M, THIN_SHARE, COVERAGE_SHARE = 0.10, 0.5, 0.8
+MOVED_M, THIN_SHARE, COVERAGE_SHARE, ASTRAY_SHARE = 0.10, 0.5, 0.8, 0.05
 TILTED_DEG = 10.0
 # where ground is looked for, and how far below the LiDAR an encoder that sees from -3 m on (the default) still has it
 AROUND_M, DEEPEST_M = (5.0, 20.0), -2.7
+# and from where on a LiDAR seems to stand on it
+SHALLOWEST_M = -0.4
 
 
 @dataclass(frozen=True, eq=False)
 class SweepSamples:
     """Sampled sweeps of one LiDAR: stamps_ns (N,), points (N,) i64 per sweep, azimuth (N,) share of the directions around the sensor that
-    hold a return, time_per_point and rings: whether sweeps have them; unreadable: how many of the samples could not be read; ground_m (N,): how
-    high low points around the vehicle lie in the LiDAR's frame (NaN where there are none)."""
+    hold a return, time_per_point and rings: whether sweeps have them; unreadable: how many of the samples could not be read, and why the first
+    could not; ground_m (N,): how high low points around the vehicle lie in the LiDAR's frame (NaN where there are none)."""
 
     stamps_ns: Array
     points: Array
@@ -55,6 +58,7 @@ class SweepSamples:
     rings: bool
     deskewed: bool
     unreadable: int
+    why: str
     ground_m: Array
 
 
@@ -100,15 +104,17 @@ def spread(count: int, most: int) -> Array:
 
 
 def survey(log: Log, report: Callable[[int, int, str], None] | None = None) -> Survey:
-    """Reads at most SWEEPS sweeps of each LiDAR, and PAIRS pairs of the reference's. An unreadable payload is counted, not raised."""
+    """Reads at most SWEEPS sweeps of each LiDAR, PAIRS pairs of the reference's, IMAGES images of each camera, and the labels. What is unreadable
+    is counted, not raised."""
     sweeps = {name: _samples(log, name, report) for name in sorted(log.lidars)}
     pairs = _pairs(log, report) if log.lidars and log.poses is not None else ()
-    return Survey(sweeps, pairs, tuple(_mounting(log, sweeps) + _warnings(sweeps, pairs, log.poses.source if log.poses else "none")))
+    of_poses = _warnings(sweeps, pairs, log.poses.source if log.poses else "none")
+    return Survey(sweeps, pairs, tuple(_mounting(log, sweeps) + of_poses + _images(log) + _labels(log)))
 
 
 def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | None) -> SweepSamples:
     stamps, points, azimuth, ground_m = [], [], [], []
-    times, rings, deskewed, unreadable = True, True, True, 0
+    times, rings, deskewed, unreadable, why = True, True, True, 0, ""
     wanted = spread(len(log.sweep_stamps_ns[lidar]), SWEEPS)
     for done, index in enumerate(wanted):
         if report:
@@ -117,8 +123,8 @@ def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | Non
             sweep = log.read_sweep(lidar, int(index))
         except Interrupted:
             raise
-        except WmError:
-            unreadable += 1
+        except WmError as error:
+            unreadable, why = unreadable + 1, why or one_line(error)
             continue
         stamps.append(sweep.stamp_ns)
         points.append(len(sweep.points))
@@ -131,7 +137,7 @@ def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | Non
     some = bool(stamps)
     return SweepSamples(
         np.array(stamps, np.int64), np.array(points, np.int64), np.array(azimuth), some and times, some and rings, some and deskewed, unreadable,
-        np.array(ground_m),
+        why, np.array(ground_m),
     )  # fmt: skip
 
 
@@ -216,18 +222,61 @@ def _mounting(log: Log, sweeps: dict[str, SweepSamples]) -> list[str]:
         if tilt_deg > TILTED_DEG:
             out.append(f"{name}: mounted {tilt_deg:.0f} degrees from upright, its frame too; encoders expect z up: turn points and ego_from_lidar "
                        "in the adapter")  # fmt: skip
-        elif np.isfinite(s.ground_m).any() and (ground_m := float(np.nanmedian(s.ground_m))) < DEEPEST_M:
+        elif not np.isfinite(s.ground_m).any():
+            continue
+        elif (ground_m := float(np.nanmedian(s.ground_m))) > SHALLOWEST_M:
+            out.append(f"{name}: the ground lies {-ground_m:.1f} m below it; if it is not mounted that low, its points are in the vehicle's "
+                       "frame, and rays seem to start from the road: subtract its place in the adapter")  # fmt: skip
+        elif ground_m < DEEPEST_M:
             low, high = round(ground_m - 1.5), round(ground_m - 1.5) + 6
             out.append(f"{name}: the ground lies {-ground_m:.1f} m below it, the default encoder sees from 3 m below to 3 m above; pretrain with "
                        f"--set encoder.low=[-51.2,-51.2,{low}] encoder.high=[51.2,51.2,{high}]")  # fmt: skip
     return out
 
 
+def _images(log: Log) -> list[str]:
+    """Warnings on cameras of which sampled images cannot be decoded, or are not of the size that the calibration is for."""
+    out = []
+    for name, camera in sorted(log.cameras.items()):
+        wanted, unreadable, sizes, why = spread(len(log.image_stamps_ns[name]), IMAGES), 0, set(), ""
+        for index in wanted:
+            try:
+                sizes.add(decode(log.read_image(name, int(index))).shape[1::-1])
+            except Interrupted:
+                raise
+            except WmError as error:
+                unreadable, why = unreadable + 1, why or one_line(error)
+        if unreadable:
+            out.append(f"{name}: {unreadable} of {len(wanted)} sampled images cannot be read; the first: {why}")
+        for width, height in sorted(sizes - {(camera.width, camera.height)}):
+            out.append(f"{name}: images of {width}x{height} pixels, its calibration is for {camera.width}x{camera.height}; scale K in the adapter")
+    return out
+
+
+def _labels(log: Log) -> list[str]:
+    """Warnings on labels that do not open, and on more than a few boxes beside all sweeps."""
+    try:
+        labels = log.open_labels()
+    except Interrupted:
+        raise
+    except WmError as error:
+        return [f"labels: cannot be read: {one_line(error)}"]
+    if labels is None or not labels.boxes or not log.lidars or not len(stamps := log.sweep_stamps_ns[log.reference_lidar]):
+        return []
+    astray = boxes_astray(labels, stamps)
+    if astray <= ASTRAY_SHARE * len(labels.boxes):
+        return []
+    instants = np.array([box.stamp_ns for box in labels.boxes], np.int64)
+    off_ms = np.abs(stamps[nearest_index(stamps, instants)] - instants) / 1e6
+    return [f"labels: {astray} of {len(instants)} boxes lie at no sweep's stamp ({np.median(off_ms[off_ms > 0]):.1f} ms off, median) and are of no "
+            f"use; give them the stamp of a sweep of {log.reference_lidar}"]  # fmt: skip
+
+
 def _warnings(sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...], poses: str) -> list[str]:
     out = []
     for name, s in sweeps.items():
         if s.unreadable:
-            out.append(f"{name}: {s.unreadable} of {len(s.stamps_ns) + s.unreadable} sampled sweeps cannot be read")
+            out.append(f"{name}: {s.unreadable} of {len(s.stamps_ns) + s.unreadable} sampled sweeps cannot be read; the first: {s.why}")
         if len(s.points) < 2:
             continue
         thin = int((s.points < THIN_SHARE * np.median(s.points)).sum())

@@ -162,7 +162,10 @@ def _poses(log: Log, reference: Array | None) -> PoseTiming | None:
         return None
     stamps, place = log.poses.stamps_ns, log.poses.world_from_ego[:, :3, 3]
     steps = np.diff(stamps) / 1e9
-    every = np.append(np.arange(stamps[0], stamps[-1], int(SPEED_WINDOW_S * 1e9)), stamps[-1])
+    first, last = stamps[[0, -1]]
+    if reference is not None and len(reference):  # poses may go on where nothing was recorded
+        first, last = np.clip(reference[[0, -1]], first, last)
+    every = np.append(np.arange(first, last, int(SPEED_WINDOW_S * 1e9)), last)
     distance_m = float(np.linalg.norm(np.diff(_placed(stamps, place, every), axis=0), axis=1).sum())
     covered = 1.0
     if reference is not None and len(reference):

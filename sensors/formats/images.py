@@ -46,13 +46,19 @@ def _jpeg_size(encoded: bytes, what: str) -> tuple[int, int]:
     raise RecordError(f"{what}: a JPEG without frame header (cut off after {len(encoded)} bytes?); dropped")
 
 
+def sized(image: Image) -> Image:
+    """The image, whose record has the size that its header declares; else RecordError."""
+    what = f"image of {image.camera} at {image.stamp_ns}"
+    if (size := image_size(image.encoded, what)) != (image.width, image.height):
+        raise RecordError(f"{what}: the file says {size[0]}x{size[1]} pixels, the record {image.width}x{image.height}")
+    return image
+
+
 def decode(image: Image) -> NDArray[Any]:
     """(height, width, 3) u8 RGB. RecordError for what does not decode completely: a truncated file is never filled up with grey."""
     from PIL import Image as Pillow
 
-    what = f"image of {image.camera} at {image.stamp_ns}"
-    if image_size(image.encoded, what) != (image.width, image.height):
-        raise RecordError(f"{what}: the file says {image_size(image.encoded, what)} pixels, the record {(image.width, image.height)}")
+    what = f"image of {sized(image).camera} at {image.stamp_ns}"
     try:
         with Pillow.open(io.BytesIO(image.encoded), formats=("JPEG", "PNG")) as picture:
             return np.asarray(picture.convert("RGB"))

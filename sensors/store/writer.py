@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from numpy.typing import NDArray
 from sensors import files
 from sensors.clips import nearest_index
 from sensors.errors import UsageError, WmError, one_line
+from sensors.formats.images import sized
 from sensors.geometry import pose_at
-from sensors.records import Image, Labels, Log, RecordError, Sweep, reference_of
+from sensors.records import Image, Item, Labels, Log, RecordError, Sweep, announced, boxes_astray, labels_of, reference_of
 from sensors.store import format as layout
 from sensors.store.codec import encode, encode_arrays, encode_labels
 
 Array = NDArray[Any]
 
 POSE_SLACK_NS = 100_000_000
+UNREADABLE = object()
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,15 @@ class _Writer:
     def __init__(self, new: files.NewFolder, log: Log, lossless: bool, reference: Reference | None, step: Callable[[str], None]) -> None:
         self.new, self.log, self.lossless, self.reference, self.step = new, log, lossless, reference, step
         self.quarantined: list[dict[str, Any]] = []
+        self.counts: Counter[str] = Counter()  # beside the log's own
         self.kept: dict[str, Array] = {}
         self.labels: Labels | None = None
         self.label_packs: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in layout.LABEL_KINDS}
 
     def write(self, labels: bool) -> dict[str, Any]:
         log = self.log
-        self.labels = self._read("labels", None, log.open_labels) if labels else None
+        opened = self._read("labels", None, lambda: labels_of(log, log.open_labels)) if labels else None
+        self.labels = opened if isinstance(opened, Labels) else None
         lidars = {name: layout.lidar_json(lidar) | self._sweeps(name) for name, lidar in log.lidars.items()}
         cameras = {name: layout.camera_json(camera) | self._images(name) for name, camera in log.cameras.items()}
         if not any(len(stamps) for stamps in self.kept.values()):
@@ -165,18 +170,18 @@ class _Writer:
         manifest |= {"poses": self._poses(), "measured_speed": self._speed()}
         from_ = self.reference
         manifest["reference"] = from_ and {"path": str(from_.path.resolve()), "dataset": from_.dataset, "options": dict(from_.options)}
-        counts = Counter({key: int(count) for key, count in log.counts.items() if count > 0})
+        counts = Counter({key: int(count) for key, count in (log.counts + self.counts).items()})
         counts.update(f"{row['sensor']}: unreadable, quarantined" for row in self.quarantined)
         return manifest | {"counts": dict(counts), "quarantined": self.quarantined}
 
     def _read(self, sensor: str, stamp_ns: int | None, read: Callable[[], Any]) -> Any:
-        """What `read` gives, or None, with the reason put on record, where it is unreadable."""
+        """What `read` gives, or UNREADABLE, with the reason put on record."""
         self.step(f"{self.log.id} {sensor}")
         try:
             return read()
         except (RecordError, OSError) as error:
             self.quarantined.append({"sensor": sensor, "stamp_ns": stamp_ns, "reason": one_line(error)})
-            return None
+            return UNREADABLE
 
     def _sweeps(self, name: str) -> dict[str, Any]:
         index, points = _Index(), 0
@@ -188,24 +193,33 @@ class _Writer:
                 return reference_bytes(sweep), {"points": len(sweep.points)}
             return encode(sweep, lossless=self.lossless), {"points": len(sweep.points)}
 
-        row = self._pack("lidar", name, index, self.log.sweep_stamps_ns[name], self.log.read_sweep, record_of, layout.SWEEP_COLUMNS)
+        row = self._pack("lidar", Sweep, name, index, self.log.sweep_stamps_ns[name], self.log.read_sweep, record_of, layout.SWEEP_COLUMNS)
         return row | {"sweeps": len(self.kept[name]), "points": points}
 
     def _images(self, name: str) -> dict[str, Any]:
+        camera = self.log.cameras[name]
+
         def record_of(image: Image) -> tuple[bytes, dict[str, int | None]]:
+            if (image.width, image.height) != (camera.width, camera.height):
+                self.counts[f"{name}: images of another size than its calibration, {camera.width}x{camera.height}"] += 1
             return image.encoded, {"width": image.width, "height": image.height, "exposure_ns": image.exposure_ns}
 
-        row = self._pack("camera", name, _Index(), self.log.image_stamps_ns[name], self.log.read_image, record_of, layout.IMAGE_COLUMNS)
+        def read(name: str, index: int) -> object:
+            image = self.log.read_image(name, index)
+            return sized(image) if isinstance(image, Image) else image
+
+        row = self._pack("camera", Image, name, _Index(), self.log.image_stamps_ns[name], read, record_of, layout.IMAGE_COLUMNS)
         return row | {"images": len(self.kept[name])}
 
     def _pack(
         self,
         kind: str,
+        record_type: type[Item],
         name: str,
         index: _Index,
         stamps: Array,
-        read: Callable[[str, int], Any],
-        record_of: Callable[[Any], tuple[bytes, dict[str, int | None]]],
+        read: Callable[[str, int], object],
+        record_of: Callable[[Item], tuple[bytes, dict[str, int | None]]],
         types: Mapping[str, str],
     ) -> dict[str, Any]:
         """Every readable item of one sensor, one after the other, and their index."""
@@ -214,18 +228,16 @@ class _Writer:
         beside = [_LabelPack(self.new, what, name, encoded) for what, encoded in self._label_readers(kind)]
         out = None if self.reference else self.new.create(f"{stem}.pack")
         for i, stamp in enumerate(stamps.tolist()):
-            item = self._read(name, stamp, lambda i=i: read(name, i))  # type: ignore[misc]
-            if item is None:
+            item = self._read(name, stamp, partial(read, name, i))
+            if item is UNREADABLE:
                 continue
-            if item.stamp_ns != stamp:
-                raise RecordError(f"log {one_line(self.log.id)}, {one_line(name)}: item {i} has stamp {item.stamp_ns}, announced was {stamp}")
-            record, columns = record_of(item)
+            record, columns = record_of(announced(self.log, record_type, name, i, item))
             offset = out.append(record) if out else 0
             index.add(stamp_ns=stamp, source_index=i, offset=offset, length=len(record) if out else 0, crc32=zlib.crc32(record), **columns)
             for pack in beside:
                 # read now: what made the item, a simulator or a decoder, still has it at hand
-                label = self._read("labels", stamp, lambda i=i, pack=pack: pack.read(name, i))  # type: ignore[misc]
-                pack.add(len(kept), stamp, label)
+                label = self._read("labels", stamp, partial(pack.read, name, i))
+                pack.add(len(kept), stamp, None if label is UNREADABLE else label)
             kept.append(stamp)
         if out:
             out.close()
@@ -250,12 +262,15 @@ class _Writer:
         self.new.write("speed.parquet", layout.table_bytes({"stamp_ns": stamps, "forward_mps": forward}, layout.SPEED_TABLE))
         return "speed.parquet"
 
+    def _reference(self) -> str | None:
+        lidars = self.log.lidars
+        return reference_of(lidars, {name: len(self.kept[name]) for name in lidars}) if lidars else None
+
     def _frames(self) -> str | None:
         """The frame table: for each sweep of the reference LiDAR the nearest item of every other sensor within half its period, and the pose."""
-        log = self.log
-        if not log.lidars:
+        log, reference = self.log, self._reference()
+        if reference is None:
             return None
-        reference = reference_of(log.lidars, {name: len(self.kept[name]) for name in log.lidars})
         stamps = self.kept[reference]
         table: dict[str, Any] = {"stamp_ns": stamps}
         types = {"stamp_ns": "int64"}
@@ -304,6 +319,8 @@ class _Writer:
         if labels is None:
             return None
         self.new.write("labels/boxes.parquet", _box_table(labels))
+        if reference := self._reference():
+            self.counts[f"labels: boxes at the stamp of no sweep of {reference}, of no use"] += boxes_astray(labels, self.kept[reference])
         about = {"boxes": "labels/boxes.parquet", "box_count": len(labels.boxes), "categories": list(labels.categories)}
         return about | {"complete_fov_rad": float(labels.complete_fov_rad)} | self.label_packs
 

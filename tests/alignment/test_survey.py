@@ -52,7 +52,7 @@ def test_unreadable_and_thin_sweeps_are_told():
     found = survey(dataclasses.replace(log, read_sweep=thin))
     samples = found.sweeps["top"]
     assert samples.unreadable == 1 and len(samples.stamps_ns) == len(samples.points) == 5
-    assert any("1 of 6 sampled sweeps cannot be read" in line for line in found.warnings)
+    assert any("1 of 6 sampled sweeps cannot be read; the first: " in line for line in found.warnings)
     assert any("less than half the usual points" in line for line in found.warnings)
     assert any("less of the surroundings" in line for line in found.warnings)
     assert found.pairs == ()
@@ -92,6 +92,17 @@ def test_a_lidar_higher_than_the_encoder_looks_is_told_with_what_to_set():
     assert "3.7 m below" in line
     bounds = load_config("default", line.partition("--set ")[2].split()).encoder
     assert bounds.low[2] < -4 and bounds.high[2] - bounds.low[2] == 6
+
+
+def test_points_in_the_vehicles_frame_are_told():
+    log = make_log(3)
+
+    def lifted(lidar, index):
+        sweep = log.read_sweep(lidar, index)
+        return dataclasses.replace(sweep, points=sweep.points + np.float32([0, 0, 1.7]))
+
+    (line,) = survey(dataclasses.replace(log, read_sweep=lifted)).warnings
+    assert "m below it" in line and "in the vehicle's frame" in line
 
 
 def test_what_points_carry_is_reported():

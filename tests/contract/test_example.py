@@ -1,5 +1,6 @@
 """The adapter that docs/ADAPTERS.md shows, on what fleets have lying about. `tests/test_readme.py` runs the contract on it."""
 
+import dataclasses
 import errno
 import importlib.util
 import os
@@ -7,12 +8,17 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sensors.adapters import base
 from sensors.adapters.base import guess, open_source
+from sensors.alignment.survey import survey
+from sensors.errors import UsageError
 from sensors.ingest import ingest
-from sensors.records import Log
+from sensors.records import Box, Labels, Log
+from sensors.store.writer import write_log
+from worldmodel.tools.cli import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "ADAPTERS.md"
 
@@ -26,7 +32,7 @@ def fleet(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "fleet", module)
     spec.loader.exec_module(module)
-    entry = type("Entry", (), {"name": "fleet", "load": staticmethod(lambda: module)})
+    entry = type("Entry", (), {"name": "fleet", "value": "fleet", "load": staticmethod(lambda: module)})
     monkeypatch.setattr(base, "entry_points", lambda group: [entry])
     return module
 
@@ -116,6 +122,70 @@ def test_a_generator_says_that_it_ends_with_its_first_error(fleet, drives, monke
     monkeypatch.setattr(fleet, "open_logs", generator)
     log, error, end = open_source(drives, "fleet")
     assert isinstance(log, Log) and str(error).startswith("ValueError: no number") and "let its open_logs give map" in str(end)
+
+
+def announced(monkeypatch, **loads):
+    """Other distributions that announce adapters: name -> what loading it does."""
+    entries = [type("Entry", (), {"name": name, "value": f"{name}:it", "load": staticmethod(load)}) for name, load in loads.items()]
+    known = base.entry_points(group=base.GROUP)
+    monkeypatch.setattr(base, "entry_points", lambda group: [*known, *entries])
+
+
+def test_an_adapter_that_does_not_load_stands_in_nobodys_way(fleet, drives, tmp_path, monkeypatch):
+    def wrong():
+        raise SyntaxError("invalid syntax (theirs.py, line 3)")
+
+    asked = type("Module", (), {"recognise": staticmethod(lambda path: 1 / 0), "__name__": "asks"})
+    announced(monkeypatch, theirs=wrong, asks=lambda: asked, kitti_raw=lambda: asked)
+    assert guess(drives) == "fleet" and {"fleet", "asks", "kitti_raw"} < set(base.adapters())
+    assert base.broken() == {"theirs": "SyntaxError: invalid syntax (theirs.py, line 3)",
+                             "kitti_raw": "there is an adapter of this name already; announce kitti_raw:it under another"}  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"no adapter recognises it .*; theirs could not be asked, SyntaxError.*; asks could not be asked, ZeroDiv"):
+        guess(tmp_path / "empty")
+    with pytest.raises(UsageError, match="dataset 'theirs': its adapter cannot be used, SyntaxError"):
+        next(open_source(drives, "theirs"))
+
+
+def test_what_is_no_log_and_no_sweep_is_told(fleet, drives, tmp_path, monkeypatch):
+    real = fleet._Drive.read_sweep
+    monkeypatch.setattr(fleet._Drive, "read_sweep", lambda self, lidar, index: real(self, lidar, index) if self.drive.name == "drive-2" else None)
+    found = ingest([drives], tmp_path / "s")
+    assert (found.stored, found.quarantined) == (1, 1)
+    assert "drive-1, top: item 0 was read as a NoneType where a Sweep belongs" in found.reasons[0].reason
+    monkeypatch.setattr(fleet, "open_logs", lambda path, options: iter([None]))
+    (error,) = open_source(drives, "fleet")
+    assert "gave a NoneType where a Log belongs" in str(error)
+    monkeypatch.setattr(fleet, "open_logs", lambda path, options: iter([]))
+    with pytest.raises(UsageError, match="fleet finds no log there"):
+        list(open_source(drives, "fleet"))
+
+
+def test_a_check_goes_on_behind_what_an_adapter_did_not_foresee(fleet, drives, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fleet._Drive, "read_sweep", lambda self, lidar, index: np.zeros(3)[index + 3 * (self.drive.name == "drive-1")])
+    assert main(["check", str(drives), "-o", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"drive-1: top: 3 of 3 sampled sweeps cannot be read; the first: IndexError: .* in the adapter at|IndexError", said)
+    assert "drive-2: top: 3 of 3 sampled sweeps cannot be read; the first: log fleet/drive-2, top: item 0 was read as a float64" in said
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_labels_that_are_none_are_told_and_the_log_is_stored(fleet, drives, tmp_path, monkeypatch):
+    real = fleet._open
+    monkeypatch.setattr(fleet, "_open", lambda drive: dataclasses.replace(real(drive), open_labels=lambda: []))
+    found = ingest([drives], tmp_path / "s")
+    assert (found.stored, found.items, found.items_quarantined, found.labels_quarantined, found.exit_code) == (2, 14, 0, 2, 3)
+    assert found.reasons[0].sensor == "labels" and "open_labels gave a list; give Labels(boxes=...)" in found.reasons[0].reason
+
+
+def test_boxes_beside_all_sweeps_are_counted_and_told(fleet, drives, tmp_path, monkeypatch):
+    log = next(open_source(drives, "fleet"))
+    stamps = log.sweep_stamps_ns["top"].tolist()
+    boxes = [Box(stamp + off, "1", "car", (9, 0, 1), (4, 2, 1.5), 0.0) for stamp, off in zip(stamps, (0, 37_000_000, 37_000_000), strict=True)]
+    log = dataclasses.replace(log, open_labels=lambda: Labels(tuple(boxes)))
+    (line,) = [line for line in survey(log).warnings if line.startswith("labels")]
+    assert line.startswith("labels: 2 of 3 boxes lie at no sweep's stamp (37.0 ms off") and line.endswith("a sweep of top")
+    assert write_log(tmp_path / "s", log)["counts"]["labels: boxes at the stamp of no sweep of top, of no use"] == 2
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])

@@ -21,7 +21,7 @@ from sensors.store import format as layout
 from sensors.store.reader import open_store
 from sensors.store.writer import Reference, write_log
 
-JPEG = b"\xff\xd8\xff\xe0 made up"
+JPEG = b"\xff\xd8\xff\xc0\x00\x11\x08\x00\x03\x00\x04 made up"  # a header of 4x3 pixels
 
 
 class Recording:
