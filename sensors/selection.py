@@ -28,7 +28,7 @@ from sensors.records import Clip
 
 Array = NDArray[Any]
 
-LONGEST = 1000  # characters of a condition
+LONGEST, LARGEST = 1000, 1e18  # characters of a condition, and a number in it
 FAR_M = 30.0
 BRIGHTEST = 255.0
 
@@ -45,7 +45,7 @@ class Moment:
 
     def value(self, name: str) -> float:
         if name not in self.values:
-            self.values[name] = MEASURES[name][0](self)
+            self.values[name] = MEASURES[name](self)
         return self.values[name]
 
     @cached_property
@@ -74,27 +74,26 @@ def _turn(moment: Moment) -> float:
     return float(np.rad2deg(abs(yaw[-1] - yaw[0])))
 
 
-def _fastest(moment: Moment) -> float:
-    velocity = moment.motion.velocity
-    return float(np.linalg.norm(velocity, axis=1).max(initial=0.0))
-
-
 def _brightness(moment: Moment) -> float:
     log, frame = moment.clip.log, moment.clip.past[-1]
     grey = [float(decode(log.read_image(name, index)).mean()) / BRIGHTEST for name, (index, _) in sorted(frame.images.items())]
     return float(np.mean(grey)) if grey else math.nan
 
 
-MEASURES: Mapping[str, tuple[Callable[[Moment], float], str]] = {
-    "speed": (lambda m: float(m.speeds.mean()), "m/s of the vehicle, mean over the clip's past and future"),
-    "acceleration": (_acceleration, "m/s², the slope of that speed; below 0 it brakes"),
-    "turn": (_turn, "degrees between the first heading and the last"),
-    "movers": (lambda m: float(len(np.unique(m.motion.cluster[m.motion.cluster >= 0]))), "how many things were found to move (by motion alone)"),
-    "moving": (lambda m: float((m.motion.cluster >= 0).mean()), "share of the newest sweep's returns on them"),
-    "fastest": (_fastest, "m/s of the fastest of them, 0 where nothing moves"),
-    "returns": (lambda m: float(len(m.history.points[-1])), "of the newest sweep, without the vehicle's own"),
-    "far": (lambda m: float((np.linalg.norm(m.history.points[-1], axis=1) > FAR_M).mean()), f"share of them beyond {FAR_M:g} m: how open it is"),
-    "brightness": (_brightness, "0..1, mean of the images at t = 0: night is dark"),
+MEASURES: Mapping[str, Callable[[Moment], float]] = {
+    # of the vehicle, over the clip's past and future: m/s; m/s², below 0 it brakes; degrees between the first heading and the last
+    "speed": lambda m: float(m.speeds.mean()),
+    "acceleration": _acceleration,
+    "turn": _turn,
+    # of what was found to move, by motion alone: how many things, the share of the newest sweep's returns on them, m/s of the fastest (0: none)
+    "movers": lambda m: float(len(np.unique(m.motion.cluster[m.motion.cluster >= 0]))),
+    "moving": lambda m: float((m.motion.cluster >= 0).mean()),
+    "fastest": lambda m: float(np.linalg.norm(m.motion.velocity, axis=1).max(initial=0.0)),
+    # of the newest sweep, without the vehicle's own returns: how many, and the share beyond FAR_M, which says how open it is
+    "returns": lambda m: float(len(m.history.points[-1])),
+    "far": lambda m: float((np.linalg.norm(m.history.points[-1], axis=1) > FAR_M).mean()),
+    # of the images at t = 0: their mean, 0..1; night is dark
+    "brightness": _brightness,
 }
 _COMPARISONS: Mapping[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq, ast.NotEq: operator.ne,
@@ -151,7 +150,7 @@ def _is_condition(node: ast.expr, names: list[str], shown: str) -> bool:
             raise UsageError(f"{shown}: {node.id!r} is not one of {', '.join(MEASURES)}")
         names.append(node.id)
         return False
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) <= LARGEST:  # type: ignore[arg-type,operator]
         return False
     numbers = [node.left, node.right] if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC else []
     numbers = numbers or ([node.operand] if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else [])
