@@ -25,7 +25,6 @@ ROTATION_TOLERANCE = 1e-3
 POSE_SOURCES = ("log", "gnss", "odometry", "refined")
 CAMERA_MODELS = {"pinhole": 0, "brown_conrady": 5, "kannala_brandt": 4, "mei": 5}  # and how many distortion parameters each has
 MAX_POINTS = 1 << 26
-MOST_YAW_RAD, FARTHEST_BOX_M = 2 * np.pi + 1e-3, 1000.0
 
 
 class RecordError(WmError, ValueError):
@@ -276,10 +275,6 @@ class Box:
         object.__setattr__(self, "size", _finite(what, checked_array(what, self.size, np.float64, (3,))))
         if (self.size <= 0).any() or not np.isfinite(self.yaw_rad):
             raise RecordError(f"{what}: size {self.size.tolist()}, yaw {self.yaw_rad}; sizes are positive and (l, w, h)")
-        if abs(self.yaw_rad) > MOST_YAW_RAD:
-            raise RecordError(f"{what}: yaw {self.yaw_rad:g} is more than a turn; give radians")
-        if (away_m := float(np.linalg.norm(self.centre))) > FARTHEST_BOX_M:
-            raise RecordError(f"{what}: {away_m:.0f} m from the vehicle; centres are in the ego frame of that instant, not in the world's")
         if self.velocity is not None:
             object.__setattr__(self, "velocity", checked_array(what, self.velocity, np.float64, (2,)))
 
@@ -321,10 +316,13 @@ class Labels:
 
     def __post_init__(self) -> None:
         for name, kind in (("boxes", Box), ("categories", str)):
-            values = tuple(getattr(self, name))
-            if wrong := next((value for value in values if not isinstance(value, kind)), None):
-                raise RecordError(f"labels, {name}: holds a {type(wrong).__name__} where each is a {kind.__name__}")
-            object.__setattr__(self, name, values)
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list):
+                raise RecordError(f"labels, {name}: a {type(values).__name__}, expected a tuple")
+            for value in values:
+                if not isinstance(value, kind):
+                    raise RecordError(f"labels, {name}: holds a {type(value).__name__} where each is a {kind.__name__}")
+            object.__setattr__(self, name, tuple(values))
 
 
 def reference_of(lidars: Mapping[str, Lidar], sweeps: Mapping[str, int]) -> str:

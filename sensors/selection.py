@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sensors.clips import clips_of
-from sensors.data import Part
 from sensors.errors import Interrupted, UsageError, WmError, one_line
 from sensors.formats.images import decode
 from sensors.motion import Motion, motion_of
@@ -74,6 +72,10 @@ def _turn(moment: Moment) -> float:
     return float(np.rad2deg(abs(yaw[-1] - yaw[0])))
 
 
+def _share(which: Array) -> float:
+    return float(which.mean()) if len(which) else math.nan
+
+
 def _brightness(moment: Moment) -> float:
     log, frame = moment.clip.log, moment.clip.past[-1]
     grey = [float(decode(log.read_image(name, index)).mean()) / BRIGHTEST for name, (index, _) in sorted(frame.images.items())]
@@ -87,11 +89,11 @@ MEASURES: Mapping[str, Callable[[Moment], float]] = {
     "turn": _turn,
     # of what was found to move, by motion alone: how many things, the share of the newest sweep's returns on them, m/s of the fastest (0: none)
     "movers": lambda m: float(len(np.unique(m.motion.cluster[m.motion.cluster >= 0]))),
-    "moving": lambda m: float((m.motion.cluster >= 0).mean()),
+    "moving": lambda m: _share(m.motion.cluster >= 0),
     "fastest": lambda m: float(np.linalg.norm(m.motion.velocity, axis=1).max(initial=0.0)),
     # of the newest sweep, without the vehicle's own returns: how many, and the share beyond FAR_M, which says how open it is
     "returns": lambda m: float(len(m.history.points[-1])),
-    "far": lambda m: float((np.linalg.norm(m.history.points[-1], axis=1) > FAR_M).mean()),
+    "far": lambda m: _share(np.linalg.norm(m.history.points[-1], axis=1) > FAR_M),
     # of the images at t = 0: their mean, 0..1; night is dark
     "brightness": _brightness,
 }
@@ -121,14 +123,17 @@ def condition(text: str) -> Condition:
     shown = one_line(text, 120)
     if len(text) > LONGEST:
         raise UsageError(f"condition of {len(text)} characters, at most {LONGEST}: {shown}")
+    names: list[str] = []
     try:
         tree = ast.parse(text.strip(), mode="eval").body
+        complete = _is_condition(tree, names, shown)
+    except UsageError:
+        raise
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UsageError(
             f"{shown}: not a condition ({one_line(getattr(error, 'msg', error), 80)}); write e.g. 'speed > 5 and movers >= 3'"
         ) from error
-    names: list[str] = []
-    if not _is_condition(tree, names, shown):
+    if not complete:
         raise UsageError(f"{shown}: a number, not a condition; compare it, e.g. 'speed > 5'")
     return Condition(text.strip(), tuple(dict.fromkeys(names)), tree)
 
@@ -190,19 +195,18 @@ def _number(node: ast.expr, measure: Callable[[str], float]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """A clip that meets the condition, the part of the data that it is of, and the value of each measure named."""
+    """A clip that meets the condition, and the measures that this took."""
 
     clip: Clip
-    part: Part
     values: Mapping[str, float]
 
 
-def select(clips: Iterable[tuple[Part, Clip]], wanted: Condition, unreadable: list[str]) -> Iterator[Selected | None]:
+def select(clips: Iterable[Clip], wanted: Condition, unreadable: list[str]) -> Iterator[Selected | None]:
     """For each clip what is said of it where it meets the condition, else None; lines about clips that cannot be read are added to `unreadable`."""
-    for part, clip in clips:
+    for clip in clips:
         moment = Moment(clip)
         try:
-            found = Selected(clip, part, {name: moment.value(name) for name in wanted.names}) if wanted.holds(moment.value) else None
+            found = Selected(clip, moment.values) if wanted.holds(moment.value) else None
         except Interrupted:
             raise
         except WmError as error:
@@ -211,13 +215,9 @@ def select(clips: Iterable[tuple[Part, Clip]], wanted: Condition, unreadable: li
         yield found
 
 
-def clips_to_judge(parts: Iterable[Part], every_s: float) -> list[tuple[Part, Clip]]:
-    """The clips of the data that a training would cut, with their parts."""
-    return [(part, clip) for part in parts for clip in clips_of(part.log, every_s=every_s, from_ns=part.from_ns, to_ns=part.to_ns)]
-
-
 def ranges(selected: Iterable[Selected]) -> list[tuple[str, int, int]]:
-    """Stretches (log id, from_ns, to_ns) that hold the clips, in order; clips of one log that overlap are in one. A sweep at to_ns is not in it."""
+    """Stretches (log id, from_ns, to_ns) that hold the clips, in order; clips of one log that overlap are in one, with whatever lies between them. A
+    sweep at to_ns is not in it."""
     out: list[tuple[str, int, int]] = []
     spans = [(s.clip.log.id, s.clip.past[0].stamp_ns, (s.clip.future or s.clip.past)[-1].stamp_ns + 1) for s in selected]
     for log, first, last in sorted(spans):

@@ -46,6 +46,13 @@ def test_a_package_that_does_not_import_is_told_with_why(quick, capsys, monkeypa
     assert "LACKING" in out and "libGL.so.1: cannot open" in out and "\x1b" not in out
 
 
+def test_a_machine_without_numpy_is_told_so(quick, capsys, monkeypatch):
+    broken = {"name": "numpy", "error": "ImportError: libopenblas"}
+    monkeypatch.setattr(doctor, "probe", lambda modules: PRESENT | {"numpy": broken})
+    monkeypatch.setitem(sys.modules, "sensors.adapters.base", None)  # as its import would fail
+    assert main(["doctor"]) == 0 and "libopenblas" in capsys.readouterr().out
+
+
 def test_absent_extras_give_the_one_pip_line():
     rows = [doctor.Finding("extra", name, "optional", "not installed", f"extra:{name}") for name in ("bench", "nuscenes")]
     assert doctor.commands(rows) == ["pip install 'driving-worldmodel[bench,nuscenes]'"]

@@ -67,6 +67,7 @@ def test_conditions_mean_what_they_say(text, holds):
     ("speed > 0" + " " * 2000, "of 2009 characters"),
     ("speed > \x00", "not a condition"),
     ("a\nb", "not a condition"),
+    ("speed > " + "-" * 900 + "1", "not a condition"),
 ])  # fmt: skip
 def test_what_is_no_condition_is_refused_in_a_line(text, words):
     with pytest.raises(UsageError) as found:
@@ -135,9 +136,10 @@ def test_overlapping_clips_are_one_stretch_and_unreadable_ones_are_told(tmp_path
     (part,) = open_data(tmp_path / "s")
     clips = clips_of(part.log)
     broken = dataclasses.replace(part.log, read_sweep=_refuse)
-    pairs = [(part, clip if i != 2 else dataclasses.replace(clip, log=broken)) for i, clip in enumerate(clips)]
+    some = [clip if i != 2 else dataclasses.replace(clip, log=broken) for i, clip in enumerate(clips)]
     unreadable = []
-    found = [hit for hit in select(pairs, condition("returns > 0"), unreadable) if hit]
+    assert all(hit.values.keys() == {"speed"} for hit in select(some, condition("speed > 5 or returns > 0"), unreadable)) and not unreadable
+    found = [hit for hit in select(some, condition("returns > 0"), unreadable) if hit]
     assert len(unreadable) == 1 and "cut off" in unreadable[0] and len(found) == len(clips) - 1
     (stretch,) = ranges(found)
     assert stretch == (log.id, clips[0].past[0].stamp_ns, clips[-1].future[-1].stamp_ns + 1)
@@ -166,6 +168,12 @@ def test_the_command_writes_what_data_takes(tmp_path, capsys):
     assert main(["select", str(tmp_path / "s"), "speed > 50", "-o", str(tmp_path / "none.yaml")]) == 2 and not (tmp_path / "none.yaml").exists()
     assert main(["select", str(tmp_path / "s"), "speed > 50"]) == 0 and "0 of" in capsys.readouterr().out
     assert main(["select", str(tmp_path), "speed > 50"]) == 2
+    for every in ("0", "1e-10", "inf", "nan"):
+        assert main(["select", str(tmp_path / "s"), "speed > 5", "--every", every]) == 2
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    assert main(["select", str(tmp_path / "s"), "speed > 5", "-o", str(tmp_path / "link" / "x.yaml")]) == 0
+    assert open_data(tmp_path / "link" / "x.yaml") and open_data(tmp_path / "deep" / "er" / "x.yaml")
 
 
 def test_the_command_names_every_measure():

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     checked = []
     for number, log in enumerate(map(guarded, logs)):
         report(number, len(logs), one_line(log.id, 60))
-        checked.append(Checked(log, timing(log), survey(log) if number < IN_FULL or log.id in args.log else None))
+        checked.append(Checked(log, timing(log), survey(log, labels=stored) if number < IN_FULL or log.id in args.log else None))
     report(len(logs), max(len(logs), 1), "")
     if output is not None:
         page = check_page(one_line(args.path, 200), checked, problems, not_opened=not_opened, notes=notes)

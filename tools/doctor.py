@@ -242,9 +242,12 @@ def _libraries() -> list[Finding]:
 
 
 def _adapters() -> list[Finding]:
-    from sensors.adapters.base import adapters, broken
+    try:
+        from sensors.adapters.base import adapters, broken
 
-    good = [Finding("adapter", name, "ok", f"reads {name}") for name in adapters()]
+        good = [Finding("adapter", name, "ok", f"reads {name}") for name in adapters()]
+    except Exception as error:  # one of the packages above lacks
+        return [Finding("adapter", "all", "lacking", f"{type(error).__name__}: {error}", "see the packages above")]
     return good + [
         Finding("adapter", name, "optional", f"cannot be used: {why}", "mend it, or uninstall its package") for name, why in broken().items()
     ]

@@ -25,10 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
     import yaml
 
+    from sensors.clips import clips_of
     from sensors.data import YAML_BYTES, open_data
     from sensors.errors import UsageError, one_line
     from sensors.files import check_output, write_file
-    from sensors.selection import clips_to_judge, condition, ranges, select
+    from sensors.selection import condition, ranges, select
     from sensors.store.writer import check_store
     from worldmodel.tools.terminal import print_json, print_table, reporter
 
@@ -36,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     check_store(args.store)
     if args.output is not None:
         check_output(args.output, overwrite=args.overwrite)
-    clips = clips_to_judge(open_data(args.store), args.every)
+    if not 0.001 <= args.every <= 1e6:
+        raise UsageError(f"--every {args.every:g}: give seconds, 0.001 to 1e6")
+    clips = [clip for part in open_data(args.store) for clip in clips_of(part.log, every_s=args.every)]
     if not clips:
         raise UsageError(f"{one_line(args.store)}: no log gives a clip; `wm check` says why")
     report = reporter("clips")
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         report(done, len(clips), f"{len(found)} found")
     parts = ranges(found)
     if args.output is not None:
-        root = os.path.relpath(args.store, args.output.parent)
+        root = os.path.relpath(args.store.resolve(), args.output.parent.resolve())
         rows = [{"store": root, "log": log, "from_ns": first, "to_ns": last} for log, first, last in parts]
         text = f"# wm select: {one_line(wanted.text, 1000)}\n" + yaml.safe_dump(rows, sort_keys=False, allow_unicode=True)
         if not rows or len(text.encode()) > YAML_BYTES:
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     print_table(
         f"{len(found)} of {len(clips)} clips, {seconds:.1f} s of {len({hit.clip.log.id for hit in found})} logs",
         ("clip", *wanted.names),
-        [(one_line(hit.clip.id, 80), *(f"{hit.values[name]:.3g}" for name in wanted.names)) for hit in found[:SHOWN]],
+        [(one_line(hit.clip.id, 80), *(f"{hit.values[name]:.3g}" if name in hit.values else "-" for name in wanted.names)) for hit in found[:SHOWN]],
     )
     if len(found) > SHOWN:
         print(f"and {len(found) - SHOWN} more; --json prints all")

@@ -108,8 +108,8 @@ def examples(
         clips = clips_at(part.log, stamps, past=model.past, rate_hz=model.rate_hz, from_ns=part.from_ns)
         found += [task.example_of(clip, labels, config) for clip in clips]
     if not found:
-        raise WmError(f"no log of the {what} data has labels at an instant that can be used: boxes at the stamp of a sweep of the reference LiDAR; "
-                      "`wm check` counts those beside all sweeps")  # fmt: skip
+        raise WmError(f"no log of the {what} data has labels at an instant that can be used; `wm info` says which logs have boxes, and how many of "
+                      "them lie at no sweep's stamp")  # fmt: skip
     return found
 
 

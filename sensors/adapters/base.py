@@ -62,6 +62,8 @@ def _found() -> tuple[dict[str, ModuleType], dict[str, str]]:
             if entry.name in found:
                 raise UsageError(f"there is an adapter of this name already; announce {entry.value} under another")
             found[entry.name] = entry.load()
+        except (Interrupted, MemoryError):
+            raise
         except Exception as error:
             bad[entry.name] = one_line(error if isinstance(error, UsageError) else f"{type(error).__name__}: {error}", 200)
     return dict(sorted(found.items())), bad
@@ -76,6 +78,8 @@ def guess(path: Path) -> str:
     for name, module in known.items():
         try:
             scores[name] = float(module.recognise(path))
+        except (Interrupted, MemoryError):
+            raise
         except Exception as error:
             bad[name] = str(unforeseen(error, name))
     best = max(scores.values(), default=0.0)
@@ -106,7 +110,7 @@ def open_source(path: Path, dataset: str | None = None, options: Mapping[str, st
         why = f"its adapter cannot be used, {bad[name]}" if name in bad else f"not one of {', '.join(known)}"
         raise UsageError(f"dataset {one_line(name)!r}: {why}")
     try:
-        logs = known[name].open_logs(path, options or {})
+        logs = iter(known[name].open_logs(path, options or {}))
     except (WmError, MemoryError):
         raise
     except Exception as error:

@@ -37,7 +37,8 @@ MIN_MATCHED = 500
 # nothing on wheels gets as far in PAIR_S: the poses jump, and clouds so far apart are not for the registration
 FAR_M = 200.0
 # what makes a warning
-MOVED_M, THIN_SHARE, COVERAGE_SHARE, ASTRAY_SHARE = 0.10, 0.5, 0.8, 0.05
+MOVED_M, THIN_SHARE, COVERAGE_SHARE, ODD_SHARE = 0.10, 0.5, 0.8, 0.05
+FAR_BOX_M = 1000.0
 TILTED_DEG = 10.0
 # where ground is looked for, and how far below the LiDAR an encoder that sees from -3 m on (the default) still has it
 AROUND_M, DEEPEST_M = (5.0, 20.0), -2.7
@@ -103,13 +104,13 @@ def spread(count: int, most: int) -> Array:
     return np.unique(np.round(np.linspace(0, count - 1, min(count, most))).astype(np.int64)) if count else np.zeros(0, np.int64)
 
 
-def survey(log: Log, report: Callable[[int, int, str], None] | None = None) -> Survey:
-    """Reads at most SWEEPS sweeps of each LiDAR, PAIRS pairs of the reference's, IMAGES images of each camera, and the labels. What is unreadable
-    is counted, not raised."""
+def survey(log: Log, report: Callable[[int, int, str], None] | None = None, *, labels: bool = True) -> Survey:
+    """Reads at most SWEEPS sweeps of each LiDAR, PAIRS pairs of the reference's, IMAGES images of each camera, and the labels unless they are slow to
+    open. What is unreadable is counted, not raised."""
     sweeps = {name: _samples(log, name, report) for name in sorted(log.lidars)}
     pairs = _pairs(log, report) if log.lidars and log.poses is not None else ()
     of_poses = _warnings(sweeps, pairs, log.poses.source if log.poses else "none")
-    return Survey(sweeps, pairs, tuple(_mounting(log, sweeps) + of_poses + _images(log) + _labels(log)))
+    return Survey(sweeps, pairs, tuple(_mounting(log, sweeps) + of_poses + _images(log) + (_labels(log) if labels else [])))
 
 
 def _samples(log: Log, lidar: str, report: Callable[[int, int, str], None] | None) -> SweepSamples:
@@ -225,7 +226,7 @@ def _mounting(log: Log, sweeps: dict[str, SweepSamples]) -> list[str]:
         elif not np.isfinite(s.ground_m).any():
             continue
         elif (ground_m := float(np.nanmedian(s.ground_m))) > SHALLOWEST_M:
-            out.append(f"{name}: the ground lies {-ground_m:.1f} m below it; if it is not mounted that low, its points are in the vehicle's "
+            out.append(f"{name}: the ground lies at {round(ground_m, 1) + 0.0:.1f} m in its frame; if it is not mounted that low, its points are in the vehicle's "
                        "frame, and rays seem to start from the road: subtract its place in the adapter")  # fmt: skip
         elif ground_m < DEEPEST_M:
             low, high = round(ground_m - 1.5), round(ground_m - 1.5) + 6
@@ -254,7 +255,7 @@ def _images(log: Log) -> list[str]:
 
 
 def _labels(log: Log) -> list[str]:
-    """Warnings on labels that do not open, and on more than a few boxes beside all sweeps."""
+    """Warnings on labels that do not open, and on boxes in other units, other frames or at other instants, if they are more than a few."""
     try:
         labels = log.open_labels()
     except Interrupted:
@@ -263,13 +264,20 @@ def _labels(log: Log) -> list[str]:
         return [f"labels: cannot be read: {one_line(error)}"]
     if labels is None or not labels.boxes or not log.lidars or not len(stamps := log.sweep_stamps_ns[log.reference_lidar]):
         return []
-    astray = boxes_astray(labels, stamps)
-    if astray <= ASTRAY_SHARE * len(labels.boxes):
-        return []
-    instants = np.array([box.stamp_ns for box in labels.boxes], np.int64)
-    off_ms = np.abs(stamps[nearest_index(stamps, instants)] - instants) / 1e6
-    return [f"labels: {astray} of {len(instants)} boxes lie at no sweep's stamp ({np.median(off_ms[off_ms > 0]):.1f} ms off, median) and are of no "
-            f"use; give them the stamp of a sweep of {log.reference_lidar}"]  # fmt: skip
+    out, count = [], len(labels.boxes)
+    turned, far = (np.array([of(box) for box in labels.boxes]) for of in (lambda box: abs(box.yaw_rad), lambda box: np.linalg.norm(box.centre)))
+    if (most := int((turned > 2 * np.pi + 1e-3).sum())) > ODD_SHARE * count:
+        out.append(f"labels: {most} of {count} boxes are turned by more than 2 pi; are their yaws in degrees? Give radians")
+    if (most := int((far > FAR_BOX_M).sum())) > ODD_SHARE * count:
+        out.append(
+            f"labels: {most} of {count} boxes are more than {FAR_BOX_M:g} m away; centres are in the ego frame of their instant, not the world's"
+        )
+    if (most := boxes_astray(labels, stamps)) > ODD_SHARE * count:
+        instants = np.array([box.stamp_ns for box in labels.boxes], np.int64)
+        off_ms = np.abs(stamps[nearest_index(stamps, instants)] - instants) / 1e6
+        out.append(f"labels: {most} of {count} boxes lie at no sweep's stamp ({np.median(off_ms[off_ms > 0]):.1f} ms off, median) and are of no use; "
+                   f"give them the stamp of a sweep of {log.reference_lidar}")  # fmt: skip
+    return out
 
 
 def _warnings(sweeps: dict[str, SweepSamples], pairs: tuple[Pair, ...], poses: str) -> list[str]:

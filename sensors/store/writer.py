@@ -170,7 +170,7 @@ class _Writer:
         manifest |= {"poses": self._poses(), "measured_speed": self._speed()}
         from_ = self.reference
         manifest["reference"] = from_ and {"path": str(from_.path.resolve()), "dataset": from_.dataset, "options": dict(from_.options)}
-        counts = Counter({key: int(count) for key, count in (log.counts + self.counts).items()})
+        counts = Counter({key: int(count) for key, count in (Counter(log.counts) + self.counts).items()})
         counts.update(f"{row['sensor']}: unreadable, quarantined" for row in self.quarantined)
         return manifest | {"counts": dict(counts), "quarantined": self.quarantined}
 

@@ -102,7 +102,7 @@ def test_points_in_the_vehicles_frame_are_told():
         return dataclasses.replace(sweep, points=sweep.points + np.float32([0, 0, 1.7]))
 
     (line,) = survey(dataclasses.replace(log, read_sweep=lifted)).warnings
-    assert "m below it" in line and "in the vehicle's frame" in line
+    assert "0.0 m in its frame" in line and "in the vehicle's frame" in line
 
 
 def test_what_points_carry_is_reported():

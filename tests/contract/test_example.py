@@ -156,7 +156,10 @@ def test_what_is_no_log_and_no_sweep_is_told(fleet, drives, tmp_path, monkeypatc
     monkeypatch.setattr(fleet, "open_logs", lambda path, options: iter([None]))
     (error,) = open_source(drives, "fleet")
     assert "gave a NoneType where a Log belongs" in str(error)
-    monkeypatch.setattr(fleet, "open_logs", lambda path, options: iter([]))
+    monkeypatch.setattr(fleet, "open_logs", lambda path, options: None)
+    (error,) = open_source(drives, "fleet")
+    assert "TypeError: 'NoneType' object is not iterable" in str(error)
+    monkeypatch.setattr(fleet, "open_logs", lambda path, options: [])
     with pytest.raises(UsageError, match="fleet finds no log there"):
         list(open_source(drives, "fleet"))
 
@@ -165,7 +168,7 @@ def test_a_check_goes_on_behind_what_an_adapter_did_not_foresee(fleet, drives, t
     monkeypatch.setattr(fleet._Drive, "read_sweep", lambda self, lidar, index: np.zeros(3)[index + 3 * (self.drive.name == "drive-1")])
     assert main(["check", str(drives), "-o", str(tmp_path / "page.html")]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"drive-1: top: 3 of 3 sampled sweeps cannot be read; the first: IndexError: .* in the adapter at|IndexError", said)
+    assert re.search(r"drive-1: top: 3 of 3 sampled sweeps cannot be read; the first: IndexError: index 3 is out of bounds", said)
     assert "drive-2: top: 3 of 3 sampled sweeps cannot be read; the first: log fleet/drive-2, top: item 0 was read as a float64" in said
     assert (tmp_path / "page.html").is_file()
 
@@ -178,11 +181,19 @@ def test_labels_that_are_none_are_told_and_the_log_is_stored(fleet, drives, tmp_
     assert found.reasons[0].sensor == "labels" and "open_labels gave a list; give Labels(boxes=...)" in found.reasons[0].reason
 
 
+def test_boxes_in_degrees_and_in_the_world_are_told(drives):
+    log = next(open_source(drives, "fleet"))
+    boxes = [Box(int(stamp), "1", "car", (4e5, 5e6, 1), (4, 2, 1.5), 120.0) for stamp in log.sweep_stamps_ns["top"]]
+    turned, far = [line for line in survey(dataclasses.replace(log, open_labels=lambda: Labels(boxes))).warnings if line.startswith("labels")]
+    assert "3 of 3 boxes are turned by more than 2 pi" in turned and "3 of 3 boxes are more than 1000 m away" in far
+
+
 def test_boxes_beside_all_sweeps_are_counted_and_told(fleet, drives, tmp_path, monkeypatch):
     log = next(open_source(drives, "fleet"))
     stamps = log.sweep_stamps_ns["top"].tolist()
     boxes = [Box(stamp + off, "1", "car", (9, 0, 1), (4, 2, 1.5), 0.0) for stamp, off in zip(stamps, (0, 37_000_000, 37_000_000), strict=True)]
     log = dataclasses.replace(log, open_labels=lambda: Labels(tuple(boxes)))
+    assert not [line for line in survey(log, labels=False).warnings if line.startswith("labels")]
     (line,) = [line for line in survey(log).warnings if line.startswith("labels")]
     assert line.startswith("labels: 2 of 3 boxes lie at no sweep's stamp (37.0 ms off") and line.endswith("a sweep of top")
     assert write_log(tmp_path / "s", log)["counts"]["labels: boxes at the stamp of no sweep of top, of no use"] == 2
