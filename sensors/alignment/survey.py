@@ -226,8 +226,8 @@ def _mounting(log: Log, sweeps: dict[str, SweepSamples]) -> list[str]:
         elif not np.isfinite(s.ground_m).any():
             continue
         elif (ground_m := float(np.nanmedian(s.ground_m))) > SHALLOWEST_M:
-            out.append(f"{name}: the ground lies at {round(ground_m, 1) + 0.0:.1f} m in its frame; if it is not mounted that low, its points are in the "
-                       "vehicle's frame, and rays seem to start from the road: subtract its place in the adapter")  # fmt: skip
+            out.append(f"{name}: the ground lies at {round(ground_m, 1) + 0.0:.1f} m in its frame; if it is not mounted that low, its points "
+                       "are in the vehicle's frame, and rays seem to start from the road: subtract its place in the adapter")  # fmt: skip
         elif ground_m < DEEPEST_M:
             low, high = round(ground_m - 1.5), round(ground_m - 1.5) + 6
             out.append(f"{name}: the ground lies {-ground_m:.1f} m below it, the default encoder sees from 3 m below to 3 m above; pretrain with "
