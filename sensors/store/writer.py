@@ -189,6 +189,7 @@ class _Writer:
         def record_of(sweep: Sweep) -> tuple[bytes, dict[str, int | None]]:
             nonlocal points
             points += len(sweep.points)
+            self.counts[f"{name}: sweeps without a point"] += not len(sweep.points)
             if self.reference is not None:
                 return reference_bytes(sweep), {"points": len(sweep.points)}
             return encode(sweep, lossless=self.lossless), {"points": len(sweep.points)}

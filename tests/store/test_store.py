@@ -15,7 +15,7 @@ from sensors import files
 from sensors.adapters import kitti_raw
 from sensors.adapters.base import open_source
 from sensors.errors import UsageError, WmError
-from sensors.records import Box, Camera, Image, Labels, Lidar, Log, PointLabels, RecordError, Sweep, Trajectory
+from sensors.records import Box, Camera, Image, Labels, Lidar, Log, PointLabels, RecordError, Sweep, Trajectory, no_labels
 from sensors.store import codec
 from sensors.store import format as layout
 from sensors.store.reader import open_store
@@ -93,6 +93,23 @@ def kitti(tmp_path):
 
 def same_bytes(a, b):
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def test_what_a_log_has_that_is_of_no_use_is_counted(tmp_path):
+    recording = Recording()
+
+    def read_sweep(lidar, index):
+        sweep = Recording.read_sweep(recording, lidar, 0)
+        return Sweep(lidar, recording.stamps[index], sweep.points[: 5 * index], sweep.intensity[: 5 * index])
+
+    def read_image(camera, index):
+        return Image(camera, recording.stamps[index] + 3, JPEG, 4, 3)
+
+    wide = Camera("front", np.eye(4), [[3, 0, 3.5], [0, 3, 1], [0, 0, 1]], 8, 3)
+    log = replace(recording.log(), read_sweep=read_sweep, read_image=read_image, cameras={"front": wide}, open_labels=no_labels)
+    counts = write_log(tmp_path / "s", log)["counts"]
+    assert counts["top: sweeps without a point"] == counts["../side: sweeps without a point"] == 1
+    assert counts["front: images of another size than its calibration, 8x3"] == 3
 
 
 def test_everything_that_a_log_says_comes_back(tmp_path, log):
