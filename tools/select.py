@@ -39,14 +39,16 @@ def run(args: argparse.Namespace) -> int:
         check_output(args.output, overwrite=args.overwrite)
     if not 0.001 <= args.every <= 1e6:
         raise UsageError(f"--every {args.every:g}: give seconds, 0.001 to 1e6")
-    clips = [clip for part in open_data(args.store) for clip in clips_of(part.log, every_s=args.every)]
-    if not clips:
+    report, logs = reporter("logs"), [part.log for part in open_data(args.store)]
+    looked_at, found, unreadable = 0, [], list[str]()
+    for done, log in enumerate(logs):
+        for hit in select(clips_of(log, every_s=args.every), wanted, unreadable):
+            looked_at += 1
+            found += [hit] if hit else []
+            report(done, len(logs), f"{len(found)} of {looked_at} clips")
+    report(len(logs), max(len(logs), 1))
+    if not looked_at:
         raise UsageError(f"{one_line(args.store)}: no log gives a clip; `wm check` says why")
-    report = reporter("clips")
-    found, unreadable = [], list[str]()
-    for done, hit in enumerate(select(clips, wanted, unreadable), 1):
-        found += [hit] if hit else []
-        report(done, len(clips), f"{len(found)} found")
     parts = ranges(found)
     if args.output is not None:
         root = os.path.relpath(args.store.resolve(), args.output.parent.resolve())
@@ -58,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
     seconds = sum(last - first for _, first, last in parts) / 1e9
     if args.json:
         rows = [{"clip": hit.clip.id, **hit.values} for hit in found]
-        print_json("select", store=str(args.store), condition=wanted.text, looked_at=len(clips), unreadable=unreadable, seconds=seconds, clips=rows,
+        print_json("select", store=str(args.store), condition=wanted.text, looked_at=looked_at, unreadable=unreadable, seconds=seconds, clips=rows,
                    parts=[{"log": log, "from_ns": first, "to_ns": last} for log, first, last in parts],
                    output=None if args.output is None else str(args.output))  # fmt: skip
         return 0
     print_table(
-        f"{len(found)} of {len(clips)} clips, {seconds:.1f} s of {len({hit.clip.log.id for hit in found})} logs",
+        f"{len(found)} of {looked_at} clips, {seconds:.1f} s of {len({hit.clip.log.id for hit in found})} logs",
         ("clip", *wanted.names),
         [(one_line(hit.clip.id, 80), *(f"{hit.values[name]:.3g}" if name in hit.values else "-" for name in wanted.names)) for hit in found[:SHOWN]],
     )

@@ -265,13 +265,11 @@ def _labels(log: Log) -> list[str]:
     if labels is None or not labels.boxes or not log.lidars or not len(stamps := log.sweep_stamps_ns[log.reference_lidar]):
         return []
     out, count = [], len(labels.boxes)
-    turned, far = (np.array([of(box) for box in labels.boxes]) for of in (lambda box: abs(box.yaw_rad), lambda box: np.linalg.norm(box.centre)))
+    turned, far = np.abs([box.yaw_rad for box in labels.boxes]), np.linalg.norm([box.centre for box in labels.boxes], axis=1)
     if (most := int((turned > 2 * np.pi + 1e-3).sum())) > ODD_SHARE * count:
         out.append(f"labels: {most} of {count} boxes are turned by more than 2 pi; are their yaws in degrees? Give radians")
     if (most := int((far > FAR_BOX_M).sum())) > ODD_SHARE * count:
-        out.append(
-            f"labels: {most} of {count} boxes are more than {FAR_BOX_M:g} m away; centres are in the ego frame of their instant, not the world's"
-        )
+        out.append(f"labels: {most} of {count} boxes are more than {FAR_BOX_M:g} m away; give centres in the ego frame of their instant")
     if (most := boxes_astray(labels, stamps)) > ODD_SHARE * count:
         instants = np.array([box.stamp_ns for box in labels.boxes], np.int64)
         off_ms = np.abs(stamps[nearest_index(stamps, instants)] - instants) / 1e6
