@@ -46,8 +46,10 @@ def test_training_and_resuming_are_those_of_the_cpu(runs):
     assert [row["step"] for row in steps[0]] == [*range(1, 9)] and any("val/l1_model" in row for row in steps[0])
     for here, there in zip(*steps, strict=True):
         assert here.keys() == there.keys()
-        compared = [k for k in here if k.startswith(("train/", "val/", "health/")) and k not in ("train/clips_per_s", "health/rank", "health/sigreg")]
-        assert [there[k] for k in compared] == pytest.approx([here[k] for k in compared], rel=0.02, abs=2e-3)
+        drawn = {"health/rank", "health/cosine"} & here.keys()  # from cells drawn by how many are busy: one more, and all others are drawn
+        named = {k for k in here if k.startswith(("train/", "val/", "health/"))} - {"train/clips_per_s", "health/sigreg"}
+        for keys, rel in ((sorted(named - drawn), 0.02), (sorted(drawn), 0.1)):
+            assert [there[k] for k in keys] == pytest.approx([here[k] for k in keys], rel=rel, abs=2e-3)
 
 
 def test_a_run_answers_the_same(runs, parts):
