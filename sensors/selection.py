@@ -28,7 +28,6 @@ Array = NDArray[Any]
 
 LONGEST, LARGEST = 1000, 1e18  # characters of a condition, and a number in it
 FAR_M = 30.0
-BRIGHTEST = 255.0
 
 
 class Moment:
@@ -78,7 +77,7 @@ def _share(which: Array) -> float:
 
 def _brightness(moment: Moment) -> float:
     log, frame = moment.clip.log, moment.clip.past[-1]
-    grey = [float(decode(log.read_image(name, index)).mean()) / BRIGHTEST for name, (index, _) in sorted(frame.images.items())]
+    grey = [float(decode(log.read_image(name, index)).mean()) / 255 for name, (index, _) in sorted(frame.images.items())]
     return float(np.mean(grey)) if grey else math.nan
 
 

@@ -15,10 +15,13 @@ import torch
 from sensors.clips import clips_of
 from sensors.errors import UsageError, WmError
 from sensors.geometry import points_in, transform_points
+from sensors.rays import rays_of
+from sensors.records import Image
+from tests.test_check import STAMPS, street_log
 from tests.worldmodel.conftest import tiny, train
 from worldmodel import checkpoint, health, pretrain, rundir, validation
 from worldmodel import source as source_module
-from worldmodel.batches import collate, prepare, state_from_ego, visit
+from worldmodel.batches import _colours, collate, prepare, state_from_ego, visit
 from worldmodel.model import WorldModel
 from worldmodel.source import ORDERS_KEPT, Source, clips_of_parts
 
@@ -537,3 +540,19 @@ def test_movers_lie_where_the_labels_have_moving_things(parts):
             hit = np.array([points_in(box, places, 0.4) for box in moving]).reshape(len(moving), -1).any(0)
             inside, total = inside + int(hit.sum()), total + len(found)
     assert total > 100 and inside > 0.7 * total
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [({}, None), ({"width": 160, "height": 80}, "of another size than its calibration"), (None, "unreadable")]
+)
+def test_colour_comes_from_images_that_fit_their_camera(change, word):
+    log = street_log()
+    if change is None:
+        log = dataclasses.replace(log, read_image=lambda camera, index: Image(camera, int(STAMPS[index]), b"\xff\xd8\xff", 80, 40))
+    else:
+        log = dataclasses.replace(log, cameras={"front": dataclasses.replace(log.cameras["front"], **change)})
+    (clip, *_) = clips_of(log)
+    colours = _colours(clip, clip.past[-1], rays_of(clip, clip.past[-1], None))
+    seen = ~np.isnan(colours).any(1)
+    assert seen.any() == (word is None) and np.allclose(colours[seen], np.array([90, 120, 150]) / 255)
+    assert {what for what in log.counts if "colour left out" in what} == ({f"front: images {word}, colour left out"} if word else set())
