@@ -120,11 +120,11 @@ def measure(scene: Scene, model: LidarModel, world_from_ego: Array, times_s: Arr
     world_from_lidar = world_from_ego @ model.ego_from_lidar
     directions = local @ np.swapaxes(world_from_lidar[:, :3, :3], 1, 2)
     origins = np.repeat(world_from_lidar[:, :3, 3], b, axis=0)
-    hits = scene.cast(origins, directions.reshape(-1, 3).astype(np.float32), np.repeat(times_s, b))
+    hits, light = scene.cast_through(origins, directions.reshape(-1, 3).astype(np.float32), np.repeat(times_s, b), rng)
     local = local.reshape(-1, 3)
 
     bias = np.random.default_rng(len(model.elevations_rad)).normal(0, 0.006, b)  # the same in every log: the scanner's calibration
-    gain = scene.gain[hits.item]
+    gain = scene.gain[hits.item] * light
     facing = np.maximum(hits.facing, 1e-3)
     reflectivity = _REFLECTIVITY[hits.material] * gain
     retro = _RETRO[hits.material]

@@ -25,6 +25,11 @@ CATEGORY_INDEX = {name: index for index, name in enumerate(CATEGORIES)}
 SKY = 255
 FIRST_MOVER = 5001
 SIGHT_M = 122.0
+# Whose windows the LiDAR looks through, which share of the light a pane lets pass, how many panes a ray passes, and where behind one it goes on
+WINDOWED = ("car", "van", "truck")
+CLEAR = (0.6, 1.0)
+MIRRORS_FROM = 0.93  # cosine of incidence
+PANES, PANE_M = 4, 0.01
 
 # kind of thing -> (category, mesh)
 KINDS: dict[str, tuple[str, Callable[[Thing, np.random.Generator], Mesh]]] = {
@@ -213,6 +218,8 @@ class Scene:
         painted = 0.35 + 0.9 * self.rgb.mean(1)
         vehicle = np.array([*(t.kind in ("car", "van", "truck") for t in things), *(a.kind != "pedestrian" for a in self.actors), False], bool)
         self.gain = np.where(vehicle, self.gain * painted, self.gain).astype(np.float32)
+        windows = np.array([*(t.kind in WINDOWED for t in things), *(a.kind in WINDOWED for a in self.actors), False], bool)
+        self.clear = np.where(windows, np.random.default_rng([street.seed, 6]).uniform(*CLEAR, len(self.rgb)), 0.0).astype(np.float32)
 
     def cast(self, origins: Array, directions: Array, times_s: Array) -> Hits:
         """The first thing on each of N rays from origins (N,3) in directions (N,3) of unit length at their times (N,)."""
@@ -240,6 +247,28 @@ class Scene:
         facing = np.einsum("ij,ij->i", normal, rays[:, 3:])
         normal *= -np.sign(facing)[:, None]
         return Hits(distance, material, category, instance, item, normal, np.abs(facing), place)
+
+    def cast_through(self, origins: Array, directions: Array, times_s: Array, rng: np.random.Generator) -> tuple[Hits, Array]:
+        """As `cast`, but what looks through the windows of vehicles meets what is behind them; and (N,) f32 how much of the light comes back
+        through the panes. Panes mirror what meets them head-on and let pass what comes at a slant."""
+        hits = self.cast(origins, directions, times_s)
+        light = np.ones(len(directions), np.float32)
+        rows = np.arange(len(directions))
+        for _ in range(PANES):
+            rows = rows[hits.material[rows] == MATERIAL_INDEX["glass"]]
+            clear = self.clear[hits.item[rows]]
+            passing = clear / (1 + np.exp((hits.facing[rows] - MIRRORS_FROM) / 0.05))
+            passes = rng.random(len(rows)) < passing
+            rows, clear = rows[passes], clear[passes]
+            if not len(rows):
+                break
+            reach = hits.range_m[rows] + PANE_M
+            behind = self.cast(origins[rows] + directions[rows] * reach[:, None], directions[rows], times_s[rows])
+            hits.range_m[rows] = reach + behind.range_m
+            for name in ("material", "category", "instance", "item", "normal", "facing", "place"):
+                getattr(hits, name)[rows] = getattr(behind, name)
+            light[rows] *= clear**2  # there and back
+        return hits, light
 
     def _cast_movers(self, rays: Array, times: Array, distance: Array, material: Array, category: Array, instance: Array, item: Array, normal: Array,
                      place: Array) -> None:  # fmt: skip

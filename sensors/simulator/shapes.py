@@ -121,23 +121,39 @@ def _wheels(xs: tuple[float, ...], half_width: float, radius: float, thick: floa
 def car(length: float, width: float, height: float, rng: np.random.Generator) -> Mesh:
     """A saloon, estate or hatchback: body, cabin with windows all round, wheels, plates and lamps. Inside its box."""
     l, w, h = length, width / 2, height
-    belt, back = 0.60 * h, float(rng.choice((-0.47, -0.40, -0.33)))
+    belt, back = 0.57 * h, float(rng.choice((-0.47, -0.40, -0.33)))
     body = [(-0.5 * l, 0.20), (0.5 * l, 0.22), (0.5 * l, 0.40 * h), (0.47 * l, 0.48 * h), (0.26 * l, belt), (-0.46 * l, belt), (-0.5 * l, 0.5 * h)]
     cabin = [(back * l, belt), (0.27 * l, belt - 0.02), (0.08 * l, 0.97 * h), (-0.02 * l, h), ((back + 0.12) * l, 0.97 * h)]
     roof = [((back + 0.13) * l, 0.965 * h), (0.07 * l, 0.965 * h), (0.02 * l, h), (-0.05 * l, h)]
     parts = [_profile(body, w, "paint", 0.98), _profile(cabin, 0.92 * w, "glass", 0.80), _profile(roof, 0.76 * w, "paint")]
+    parts += _seats(((0.02 * l, 0.36), ((0.5 * back - 0.02) * l, 0.40)), w, belt - 0.05, 0.80 * h)
     parts += _wheels((-0.30 * l, 0.31 * l), w - 0.01, min(0.33, 0.23 * h))
     parts += [box(0.02, 0.50, 0.12, "plate", (s * (0.5 * l - 0.01), 0, 0.42)) for s in (-1, 1)]
     parts += [box(0.03, 0.30, 0.14, "lamp", (s * (0.5 * l - 0.015), t * 0.72 * w, 0.36 * h)) for s in (-1, 1) for t in (-1, 1)]
     return join(parts)
 
 
+def _seats(rows: tuple[tuple[float, float], ...], half_width: float, low: float, high: float) -> list[Mesh]:
+    """Backs of two seats in each row (x, middle of a seat as a share of the half width), from `low` to `high`, headrests on top."""
+    parts = []
+    for x, out in rows:
+        for side in (-1, 1):
+            parts.append(box(0.12, 0.46, 0.7 * (high - low), "cloth", (x, side * out * half_width, low)))
+            parts.append(box(0.09, 0.24, 0.3 * (high - low), "cloth", (x, side * out * half_width, low + 0.7 * (high - low))))
+    return parts
+
+
 def van(length: float, width: float, height: float, rng: np.random.Generator) -> Mesh:
+    """A panel van, with windows around the driver, or a bus with windows all round."""
     l, w, h = length, width / 2, height
-    nose = float(rng.uniform(0.30, 0.38))
-    body = [(-0.5 * l, 0.22), (0.5 * l, 0.24), (0.5 * l, 0.45 * h), (nose * l, 0.58 * h), (0.22 * l, 0.97 * h), (-0.48 * l, h), (-0.5 * l, 0.9 * h)]
-    glass = [((nose + 0.004) * l, 0.59 * h), (0.235 * l, 0.93 * h), (0.13 * l, 0.93 * h), (0.12 * l, 0.59 * h)]
-    parts = [_profile(body, w - 0.02, "paint", 0.97), _profile(glass, 0.975 * w, "glass")]
+    nose, rear = float(rng.uniform(0.30, 0.38)), float(rng.choice((-0.46, 0.06)))
+    low = [(-0.5 * l, 0.22), (0.5 * l, 0.24), (0.5 * l, 0.45 * h), (nose * l, 0.58 * h), (-0.49 * l, 0.58 * h)]
+    glass = [(rear * l, 0.58 * h), (nose * l, 0.58 * h), (0.235 * l, 0.93 * h), (rear * l, 0.93 * h)]
+    roof = [(-0.48 * l, 0.93 * h), (0.235 * l, 0.93 * h), (0.215 * l, 0.97 * h), (-0.48 * l, h)]
+    load = rear + 0.48
+    parts = [_profile(low, w - 0.02, "paint"), _profile(glass, 0.975 * w, "glass", 0.97), _profile(roof, 0.95 * w, "paint", 0.97)]
+    parts.append(box(load * l, 1.94 * w, 0.35 * h, "paint", ((rear - load / 2) * l, 0, 0.58 * h)))
+    parts += _seats(tuple((x * l, 0.45) for x in (0.10, -0.10, -0.28) if x > rear), w, 0.55 * h, 0.85 * h)
     parts += _wheels((-0.30 * l, 0.32 * l), w, 0.34)
     parts += [box(0.02, 0.52, 0.12, "plate", (s * (0.5 * l - 0.01), 0, 0.45)) for s in (-1, 1)]
     parts += [box(0.03, 0.16, 0.30, "lamp", (-(0.5 * l - 0.015), t * 0.86 * w, 0.40 * h)) for t in (-1, 1)]
@@ -147,10 +163,13 @@ def van(length: float, width: float, height: float, rng: np.random.Generator) ->
 def truck(length: float, width: float, height: float, rng: np.random.Generator) -> Mesh:
     l, w, h = length, width / 2, height
     cab = float(rng.uniform(1.7, 2.3))
-    nose = [(0.5 * l - cab, 0.5), (0.5 * l, 0.45), (0.5 * l, 0.45 * h), (0.5 * l - 0.15, 0.80 * h), (0.5 * l - cab, 0.82 * h)]
-    pane = [(0.5 * l - 0.005, 0.48 * h), (0.5 * l - 0.14, 0.74 * h), (0.5 * l - 1.0, 0.74 * h), (0.5 * l - 1.0, 0.48 * h)]
+    nose = [(0.5 * l - cab, 0.5), (0.5 * l, 0.45), (0.5 * l, 0.48 * h), (0.5 * l - cab, 0.48 * h)]
+    pane = [(0.5 * l, 0.48 * h), (0.5 * l - 0.14, 0.74 * h), (0.5 * l - 1.1, 0.74 * h), (0.5 * l - 1.1, 0.48 * h)]
+    roof = [(0.5 * l - 0.14, 0.74 * h), (0.5 * l - 0.17, 0.80 * h), (0.5 * l - cab, 0.82 * h), (0.5 * l - cab, 0.74 * h)]
     load = l - cab - 0.25
-    parts = [_profile(nose, w - 0.05, "paint"), _profile(pane, w - 0.03, "glass")]
+    parts = [_profile(nose, w - 0.05, "paint"), _profile(pane, w - 0.05, "glass"), _profile(roof, w - 0.05, "paint")]
+    parts.append(box(cab - 1.1, 2 * w - 0.1, 0.26 * h, "paint", (0.5 * l - (cab + 1.1) / 2, 0, 0.48 * h)))
+    parts += _seats(((0.5 * l - 0.95, 0.5),), w, 0.46 * h, 0.66 * h)
     parts.append(box(load, 2 * w, h - 1.0, "wall", (-0.5 * l + load / 2, 0, 1.0)))
     parts.append(box(l - 0.6, 0.9, 0.45, "metal", (-0.1, 0, 0.55)))
     parts += _wheels((-0.36 * l, -0.22 * l, 0.5 * l - 1.1), w - 0.02, 0.48, 0.3)
