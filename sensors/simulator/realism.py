@@ -2,7 +2,7 @@
 
 Measured in the same way on both, in the LiDAR's frame: points per sweep, how ranges are distributed, points per degree of elevation (real
 KITTI sweeps have no ring), the share of points on the ground (below 0.25 m above the plane under the car) and, where boxes tell, the share of points
-on objects faster than 1 m/s within the field of view that is labelled completely.
+on objects faster than 1 m/s within the field of view that is labelled completely, and how often a ray goes through the windows of a car or van.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensors.geometry import points_in, transform_points
-from sensors.records import Log
+from sensors.records import Box, Log
 
 Array = NDArray[Any]
 
@@ -27,13 +27,14 @@ ELEVATION_EDGES_DEG = np.arange(-25.0, 5.1, 1.0)
 SCANNER_HEIGHT_M = 1.73
 GROUND_M = 0.25
 MOVING_MPS = 1.0
+WINDOW_HEIGHTS = 0.65, 0.85  # of a car or van, where a ray enters its box
 
 
 @dataclass(frozen=True, eq=False)
 class Likeness:
     """Figures of one log: sweeps looked at, points per sweep, range_share per bin of RANGE_EDGES_M, by_elevation points per sweep and bin
-    of ELEVATION_EDGES_DEG, quantiles (10, 50, 90, 99 %) of the range, shares of points on the ground and on movers (NaN: no labels), and the
-    median intensity."""
+    of ELEVATION_EDGES_DEG, quantiles (10, 50, 90, 99 %) of the range, shares of points on the ground and on movers (NaN: no labels), of
+    rays through windows (NaN: no labels of cars or vans), and the median intensity."""
 
     log: str
     sweeps: int
@@ -43,6 +44,7 @@ class Likeness:
     range_quantiles_m: Array
     ground: float
     moving: float
+    through: float
     intensity: float
 
 
@@ -51,7 +53,7 @@ def likeness(log: Log, every: int = 10) -> Likeness:
     lidar = log.reference_lidar
     labels = log.open_labels()
     stamps = log.sweep_stamps_ns[lidar]
-    counts, ranges, elevations, intensities, grounds, on_movers, in_view = [], [], [], [], 0, 0, 0
+    counts, ranges, elevations, intensities, grounds, on_movers, in_view, through = [], [], [], [], 0, 0, 0, np.zeros(2)
     for index in range(0, len(stamps), every):
         sweep = log.read_sweep(lidar, index)
         distance = np.linalg.norm(sweep.points, axis=1)
@@ -63,8 +65,11 @@ def likeness(log: Log, every: int = 10) -> Likeness:
         if labels is not None:
             points = transform_points(log.lidars[lidar].ego_from_lidar, sweep.points)
             view = np.abs(np.arctan2(points[:, 1], points[:, 0])) <= labels.complete_fov_rad
-            boxes = [b for b in labels.boxes if b.stamp_ns == sweep.stamp_ns and b.velocity is not None and np.hypot(*b.velocity) > MOVING_MPS]
-            inside = np.any([points_in(b, points, 0.1) for b in boxes], 0) if boxes else np.zeros(len(points), bool)
+            boxes = [b for b in labels.boxes if b.stamp_ns == sweep.stamp_ns]
+            moving = [b for b in boxes if b.velocity is not None and np.hypot(*b.velocity) > MOVING_MPS]
+            inside = np.any([points_in(b, points, 0.1) for b in moving], 0) if moving else np.zeros(len(points), bool)
+            scanner = log.lidars[lidar].ego_from_lidar[:3, 3]
+            through += sum((_through_windows(b, scanner, points - scanner) for b in boxes if b.category.lower() in ("car", "van")), np.zeros(2))
             on_movers += int((inside & view).sum())
             in_view += int(view.sum())
     r, total = np.concatenate(ranges), sum(counts)
@@ -77,17 +82,33 @@ def likeness(log: Log, every: int = 10) -> Likeness:
         np.percentile(r, (10, 50, 90, 99)),
         grounds / total,
         on_movers / in_view if in_view else float("nan"),
+        float(through[0] / through[1]) if through[1] else float("nan"),
         float(np.median(np.concatenate(intensities))),
     )
 
 
+def _through_windows(box: Box, scanner: Array, rays: Array) -> Array:
+    """(2,) f64: how many of the rays (N,3), from the scanner (3,) to returns, enter a box within 25 m by the height of its windows, a tenth off its
+    sides and ends, on a way of 0.8 m or more; of these, how many return from 0.4 m or more beyond it (first) and how many there are (second)."""
+    c, s = np.cos(box.yaw_rad), np.sin(box.yaw_rad)
+    turn = np.array(((c, s, 0.0), (-s, c, 0.0), (0.0, 0.0, 1.0)))
+    start, way, half = turn @ (scanner - box.centre), rays @ turn.T, np.asarray(box.size) * (0.45, 0.45, 0.5)
+    with np.errstate(divide="ignore", invalid="ignore"):  # parts of the way (0: scanner, 1: return) at which each pair of sides is passed
+        a, b = (-half - start) / way, (half - start) / way
+    enter, leave, length = np.minimum(a, b).max(1), np.maximum(a, b).min(1), np.linalg.norm(rays, axis=1)
+    up = (start[2] + way[:, 2] * enter) / box.size[2] + 0.5
+    met = (enter > 0) & ((leave - enter) * length > 0.8) & (enter * length < 25) & (up > WINDOW_HEIGHTS[0]) & (up < WINDOW_HEIGHTS[1])
+    met &= (1 - enter) * length > -0.4  # those that end before the box say nothing about it
+    return np.array((np.count_nonzero(met & ((1 - leave) * length > 0.4)), np.count_nonzero(met)), np.float64)
+
+
 def table(rows: Sequence[Likeness]) -> str:
     """The figures as lines of text, one per log."""
-    lines = ["log                                        sweeps  points  ground  moving  r10  r50  r90  r99   intensity"]
+    lines = ["log                                        sweeps  points  ground  moving  through  r10  r50  r90  r99   intensity"]
     for row in rows:
         r = " ".join(f"{q:4.1f}" for q in row.range_quantiles_m)
-        moving = "     -" if np.isnan(row.moving) else f"{row.moving:6.3f}"
-        lines.append(f"{row.log:42s} {row.sweeps:6d} {row.points:7.0f}  {row.ground:6.3f}  {moving}  {r}  {row.intensity:6.2f}")
+        moving, through = ("     -" if np.isnan(share) else f"{share:6.3f}" for share in (row.moving, row.through))
+        lines.append(f"{row.log:42s} {row.sweeps:6d} {row.points:7.0f}  {row.ground:6.3f}  {moving}   {through}  {r}  {row.intensity:6.2f}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from sensors.simulator.lidar import MODELS, beams, column_times
 from sensors.simulator.log import simulate
 from sensors.simulator.realism import likeness
 from sensors.simulator.scene import CATEGORIES, CATEGORY_INDEX, FIRST_MOVER, SKY
+from sensors.simulator.shapes import MATERIAL_INDEX
 from sensors.simulator.streets import Street, build_street, rect_overlap
 from sensors.simulator.traffic import EGO_BOX, Traffic, drive, parked
 
@@ -312,6 +313,33 @@ def test_what_stands_in_front_hides_what_is_behind(log: Log) -> None:
         assert hits.range_m[0] < reach + 0.3  # before its middle
 
 
+def test_the_scanner_looks_through_windows_and_not_through_doors(log: Log) -> None:
+    """Rays at a slant through parked cars: by the height of the windows a good part of them ends behind the first pane, by that of the doors
+    none does; what passed a pane comes back weaker."""
+    scene = log.read_sweep.__self__.scene  # type: ignore[attr-defined]
+    cars = [t for t in parked(log.read_sweep.__self__.street) if t.kind == "car" and any(t is s for s in scene.things)][:12]  # type: ignore[attr-defined]
+    rng = np.random.default_rng(0)
+    went: dict[str, list[float]] = {"door": [], "window": []}
+    for thing in cars:
+        base = float(scene.base[scene.things.index(thing)])
+        heading = thing.yaw + np.radians(rng.uniform(30, 60, 100) * rng.choice((-1, 1), 100) + 180 * rng.integers(0, 2, 100))
+        directions = np.stack((np.cos(heading), np.sin(heading), np.zeros(100)), 1).astype(np.float32)
+        for part, height in (("door", 0.4), ("window", 0.75)):
+            middle = np.array((thing.x, thing.y, base + height * thing.height))
+            origins = middle - directions * 3.0
+            first = scene.cast(origins, directions, np.zeros(100))
+            last, light = scene.cast_through(origins, directions, np.zeros(100), np.random.default_rng(1))
+            at = first.range_m < 3.0
+            passed = last.range_m > first.range_m + 0.005
+            assert (passed == (light < 1)).all() and (light > 0).all()
+            np.testing.assert_array_equal(last.range_m[~passed], first.range_m[~passed])
+            assert (first.material[passed] == MATERIAL_INDEX["glass"]).all()
+            went[part] += passed[at].tolist()
+    assert len(went["door"]) > 200 and len(went["window"]) > 200
+    assert np.mean(went["door"]) == 0.0
+    assert 0.3 < np.mean(went["window"]) < 0.95
+
+
 def test_camera_truth_agrees_with_the_scanner(log: Log) -> None:
     """LiDAR points projected into the picture have the depth and the class that the camera's truth says, but for edges."""
     labels = log.open_labels()
@@ -389,6 +417,7 @@ def test_a_street_measures_like_one() -> None:
     assert 0.40 < np.mean([row.ground for row in rows]) < 0.68
     assert 6.0 < np.mean([row.range_quantiles_m[1] for row in rows]) < 13.0
     assert 0.003 < np.mean([row.moving for row in rows]) < 0.2
+    assert 0.18 < np.mean([row.through for row in rows]) < 0.45  # with windows that nothing passes .15; drive 0005 .32
 
 
 def test_pictures_are_plain_jpeg(log: Log) -> None:
