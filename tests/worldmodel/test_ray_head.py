@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sensors.evidence import ALONG_M, AROUND_RAD, DISPLACED, MOVED
-from worldmodel.heads.rays import RayHead, RayInput
+from worldmodel.heads.rays import MOST_OFFSET, RayHead, RayInput
 from worldmodel.planes import plane_ranges
 
 SWEEPS = 3
@@ -101,3 +101,27 @@ def test_the_state_has_no_say_where_the_prior_believes_a_displaced_copy(head):
         asked, quadrants=asked.quadrants[:, :1].expand(-1, READINGS, -1), interpolated=asked.interpolated[:, :1].expand(-1, READINGS)
     )
     assert head.say(head.prior(still)).eq(1).all() and head.say(head.prior(rays(told=False))).eq(1).all()
+
+
+def test_surfaces_say_where_a_ray_meets_the_heights_that_the_state_tells(head):
+    """On flat ground everywhere 1.7 m below the frame, and a roof 1.2 m above it, every ray that comes near one of them at a position is told how
+    far along itself it meets it, and whether it is above or below there."""
+    heights = torch.tensor([-1.7, 1.2])
+    with torch.no_grad():
+        head.heights.weight.zero_()
+        head.heights.bias.copy_(heights)
+    asked = rays(200)
+    steep = asked.direction[:, 2].abs() > 0.05
+    position = head.prior(asked).position
+    height = asked.origin[:, 2:] + asked.direction[:, 2:] * position
+    told = head.surfaces(asked, torch.randn(*position.shape, 4), position, height)
+    meets = (heights - asked.origin[:, 2:]) / asked.direction[:, 2:]
+    checked = 0
+    for k in range(2):
+        torch.testing.assert_close(told[..., k].sign(), (heights[k] - height).sign())
+        assert (told[..., k].abs() <= told[..., 2 + k].abs() + 1e-6).all()
+        share = torch.atanh(told[..., 4 + k]) * MOST_OFFSET
+        clear = (told[..., 4 + k].abs() < 0.99) & steep[:, None]
+        torch.testing.assert_close((position * (1 + share))[clear], meets[:, k, None].expand_as(position)[clear], rtol=1e-3, atol=1e-3)
+        checked += int(clear.sum())
+    assert checked > 100

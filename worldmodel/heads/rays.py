@@ -7,9 +7,10 @@ say which of them holds. Each position gets a hazard h, a centre m and a scale s
 CDF. That one F serves the loss, the median, the quantiles, CRPS and PIT.
 
 Two parts add up at every position. The *prior* part knows the ray alone: its evidence, or, without any, its elevation and horizon; on
-its own it is the `evidence_only` arm that every table shows. The *latent* part reads the state z_k where the position lies and corrects
-the prior's outputs; no gradient flows from it into the prior part, so that the arm stays what it is called. Where the prior believes a
-displaced copy, the state has no say (`RayHead.say`): it knows where things stood, and what it adds there only spoils what is known of a mover.
+its own it is the `evidence_only` arm that every table shows. The *latent* part reads the state z_k where the position lies, heights of
+surfaces among it, and corrects the prior's outputs; no gradient flows from it into the prior part, so that the arm stays what it is called.
+Where the prior believes a displaced copy, the state has no say (`RayHead.say`): it knows where things stood, and what it adds there only
+spoils what is known of a mover.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ MIN_SCALE_M = 0.02
 ABSENT_LOGIT = -30.0
 NEAR_ENOUGH_RAD = float(np.deg2rad(3.0))  # a reading farther off in angle is no evidence about a ray
 RAY_CONTEXT = 16
+MOST_OFFSET = 0.08  # of a bin's centre, as the logarithm of a ratio
+SURFACES, FIRST_HEIGHT_M = 2, -1.5  # heights that the state tells at a place, and where they begin
+LEAST_SLOPE = 0.01
 MOVED_M = 0.3  # a displaced copy's reading says something of its own from here on
 MOST_MOVED = 0.2  # of the prior's mass on such readings, from which on the state has no say
 
@@ -200,7 +204,9 @@ class RayHead(nn.Module):
             self.blind_out.bias.view(3, self.positions)[2] = 1.0
         self.kind_embedding = nn.Embedding(readings + 3, latent_width)
         self.context = nn.Linear(width, RAY_CONTEXT)
-        self.at_position = nn.Linear(latent_channels + 8, latent_width)
+        self.heights = nn.Linear(latent_channels, SURFACES)
+        nn.init.constant_(self.heights.bias, FIRST_HEIGHT_M)
+        self.at_position = nn.Linear(latent_channels + 8 + 3 * SURFACES, latent_width)
         self.of_ray = nn.Linear(RAY_CONTEXT + 7, latent_width, bias=False)
         self.latent_hidden = nn.Linear(latent_width, latent_width)
         self.latent_out = nn.Linear(latent_width, 7)
@@ -253,9 +259,21 @@ class RayHead(nn.Module):
         moves = torch.tanh(prior.shift.abs().amax(1, keepdim=True))  # where something moves, what stood at a place says less about it
         scalars = torch.cat((rays.bearing, rays.horizon_s[:, None], rays.origin[:, 2:] * 0.5, rays.with_evidence[:, None].float(), moves), 1)
         ray = self.of_ray(torch.cat((self.context(prior.hidden.detach()), scalars), 1))
-        x = self.at_position(torch.cat((sampled, here), 2)) + ray[:, None] + self.kind_embedding(prior.kind)
+        told = torch.cat((sampled, here, self.surfaces(rays, sampled, position, height)), 2)
+        x = self.at_position(told) + ray[:, None] + self.kind_embedding(prior.kind)
         x = F.silu(self.latent_hidden(F.silu(x)))
         return self.latent_out(x).transpose(1, 2).float()
+
+    def surfaces(self, rays: RayInput, sampled: Tensor, position: Tensor, height: Tensor) -> Tensor:
+        """(N,P,3*SURFACES): how far the surfaces that the state tells at each position lie above the ray there (position, height (N,P) m), at two
+        scales, and how much farther along the ray it would meet them, as a share of the position and in the units of a centre's offset. That a
+        decimetre of height is metres of range at a slant is geometry, and nothing that a small network should have to learn."""
+        with torch.autocast(sampled.device.type, enabled=False):  # bf16 knows such heights to a centimetre, which is a decimetre of range
+            above = self.heights(sampled.float()) - height[:, :, None]
+        slope = rays.direction[:, 2:, None]
+        slope = torch.where(slope < 0, slope.clamp(max=-LEAST_SLOPE), slope.clamp(min=LEAST_SLOPE))
+        farther = above / (slope * position[:, :, None])
+        return torch.cat((torch.tanh(2 * above), torch.tanh(10 * above), torch.tanh(farther / MOST_OFFSET)), 2)
 
     def say(self, prior: Prior) -> Tensor:
         """(N,) 0..1: how much of the correction counts, falling with the mass that the prior gives to readings of displaced copies that lie
@@ -267,7 +285,7 @@ class RayHead(nn.Module):
     def mixture(self, position: Tensor, raw: Tensor, candidate: Tensor, appearance: Tensor | None = None) -> Mixture:
         """The distribution of sorted positions (N,P) and raw outputs (N,3,P): fp32 throughout."""
         logit, offset, scale = raw.unbind(1)
-        centre = torch.where(candidate, position * (1 + 0.02 * offset), position * torch.exp(0.08 * torch.tanh(offset)))
+        centre = torch.where(candidate, position * (1 + 0.02 * offset), position * torch.exp(MOST_OFFSET * torch.tanh(offset)))
         s = MIN_SCALE_M + 0.01 * position * F.softplus(scale)
         log_on = F.logsigmoid(-logit)
         passed = torch.cumsum(log_on, 1)
