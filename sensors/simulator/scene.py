@@ -216,7 +216,7 @@ class Scene:
         self.rgb = np.array([*(t.rgb for t in things), *(a.rgb for a in self.actors), (1.0, 1.0, 1.0)], np.float32)
         self.gain = np.concatenate((np.random.default_rng([street.seed, 4]).uniform(0.75, 1.25, len(self.rgb) - 1), [1.0])).astype(np.float32)
         painted = 0.35 + 0.9 * self.rgb.mean(1)
-        vehicle = np.array([*(t.kind in ("car", "van", "truck") for t in things), *(a.kind != "pedestrian" for a in self.actors), False], bool)
+        vehicle = np.array([*(t.kind in WINDOWED for t in things), *(a.kind != "pedestrian" for a in self.actors), False], bool)
         self.gain = np.where(vehicle, self.gain * painted, self.gain).astype(np.float32)
         windows = np.array([*(t.kind in WINDOWED for t in things), *(a.kind in WINDOWED for a in self.actors), False], bool)
         self.clear = np.where(windows, np.random.default_rng([street.seed, 6]).uniform(*CLEAR, len(self.rgb)), 0.0).astype(np.float32)
