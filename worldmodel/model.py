@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from sensors.evidence import MOVED
 from worldmodel.config import Config
+from worldmodel.detail import FEATURES, Detail
 from worldmodel.dynamics import Dynamics
 from worldmodel.encoders.contract import Clouds, build_encoder
 from worldmodel.fusion import Fusion
 from worldmodel.heads.rays import Mixture, Prior, RayHead, RayInput
-from worldmodel.sampling import sample_maps
+from worldmodel.sampling import read_at
 
 OCCUPANCY_SLICES = 16  # of the encoder's range in height
 RARE = -3.0  # logit at which a cell that nobody knows anything of is taken to move
@@ -81,26 +82,35 @@ class WorldModel(nn.Module):
         latent = int(self.encoder.channels)  # type: ignore[arg-type]
         self.fusion = Fusion(latent, 1 if model.join_sweeps else len(model.latent_sweeps), model.channels)
         self.dynamics = Dynamics(model.channels, model.dynamics_width)
-        self.rays = RayHead(model.past, model.past + MOVED, model.head_bins, model.head_width, model.channels, model.head_latent_width)
+        self.detail = Detail(config.encoder, self.cell_m)
+        self.rays = RayHead(model.past, model.past + MOVED, model.head_bins, model.head_width, model.channels, model.head_latent_width, FEATURES)
         self.occupancy = nn.Conv2d(model.channels, OCCUPANCY_SLICES, 1)
         self.moving = nn.Sequential(nn.Conv2d(latent, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, 1, 1))
         nn.init.constant_(self.moving[2].bias, RARE)  # type: ignore[arg-type]
         self.future_latent = nn.Sequential(nn.Conv2d(model.channels, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, latent, 1))
 
     def forward(self, batch: Batch) -> Output:
-        latents = self.encode(batch.clouds, batch.present.shape[1])
+        sweeps = batch.present.shape[1]
+        latents = self.encode(batch.clouds, sweeps)
         start = self.fusion(latents, batch.present)
         states = self.dynamics.roll_out(start[: len(batch.times_s)], batch.times_s)
+        detail = self.keep(batch.clouds, len(batch.times_s), sweeps)
         prior = self.rays.prior(batch.rays)
         alone = self.rays.mixture(prior.position, prior.raw, prior.candidate)
         read = prior.first(batch.stateful)
-        change = self.change(states, batch.rays.take(slice(0, batch.stateful)), read)
+        change = self.change(states, detail, batch.rays.take(slice(0, batch.stateful)), read)
         return Output(latents, start, states, self.changed(read, change), change, alone)
 
     def encode(self, clouds: Clouds, sweeps: int) -> Tensor:
         """Latents (B,T,C',H,W) of B*T clouds."""
         latents: Tensor = self.encoder(clouds)
         return latents.unflatten(0, (-1, sweeps))
+
+    def keep(self, clouds: Clouds, clips: int, sweeps: int) -> Tensor:
+        """Detail (clips,h,w,C'') of the first `clips` clips, each with all of its sweeps, which follow one another in the clouds."""
+        sizes = tuple(sum(clouds.sizes[at : at + sweeps]) for at in range(0, clips * sweeps, sweeps))
+        maps: Tensor = self.detail(Clouds(clouds.points[: sum(sizes)], sizes))
+        return maps
 
     def encode_target(self, clouds: Clouds) -> Tensor:
         """Latents (B,C',H,W) of clouds as a target: no gradient, and batch statistics are used without being counted."""
@@ -113,13 +123,14 @@ class WorldModel(nn.Module):
             for norm in norms:
                 norm.track_running_stats = True
 
-    def read(self, states: Tensor, rays: RayInput, prior: Prior, share: float = 1.0) -> Mixture:
-        """The rays with what the states (B,K+1,C,H,W) add to their prior; share: how much of it where readings are told."""
-        return self.changed(prior, self.change(states, rays, prior), shared(rays, share))
+    def read(self, states: Tensor, detail: Tensor, rays: RayInput, prior: Prior, share: float = 1.0) -> Mixture:
+        """The rays with what the states (B,K+1,C,H,W) and the detail add to their prior; share: how much of it where readings are told."""
+        return self.changed(prior, self.change(states, detail, rays, prior), shared(rays, share))
 
-    def change(self, states: Tensor, rays: RayInput, prior: Prior) -> Tensor:
+    def change(self, states: Tensor, detail: Tensor, rays: RayInput, prior: Prior) -> Tensor:
         """What the states add (L,7,P), see `RayHead.correction`: nothing to readings that are not there, and to ranges as much as `RayHead.say`."""
-        change = self.rays.correction(rays, self.sample(states, rays, prior.position), prior)
+        sampled, beside = self.sample(states, rays, prior.position), self.detail.read(detail, rays, prior.position)
+        change = self.rays.correction(rays, sampled, beside, prior)
         absent = prior.raw[:, :1] <= -29.0
         return torch.cat((change[:, :3].masked_fill(absent, 0.0) * self.rays.say(prior)[:, None, None], change[:, 3:]), 1)
 
@@ -129,12 +140,9 @@ class WorldModel(nn.Module):
     def sample(self, states: Tensor, rays: RayInput, position: Tensor) -> Tensor:
         """(L,P,C): each ray's state where its positions (L,P) lie."""
         maps = states.permute(0, 1, 3, 4, 2).flatten(0, 1)
-        low = self.config.encoder.low
-        x = rays.origin[:, :1] + rays.direction[:, :1] * position
-        y = rays.origin[:, 1:2] + rays.direction[:, 1:2] * position
-        places = torch.stack(((y - low[1]) / self.cell_m - 0.5, (x - low[0]) / self.cell_m - 0.5), 2)
-        of = (rays.of * states.shape[1] + rays.step)[:, None].expand(-1, position.shape[1])
-        return sample_maps(maps, of.reshape(-1), places.reshape(-1, 2)).unflatten(0, position.shape)
+        places = rays.origin[:, None, :2] + rays.direction[:, None, :2] * position[:, :, None]
+        of = (rays.of * states.shape[1] + rays.step)[:, None].expand_as(position)
+        return read_at(maps, of, places, self.config.encoder.low, self.cell_m)
 
 
 def shared(rays: RayInput, share: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,3 +49,9 @@ def sample_maps(maps: Tensor, of: Tensor, places: Tensor) -> Tensor:
         read = F.grid_sample(maps[b].permute(2, 0, 1)[None].float(), grid, align_corners=False)
         out = out.index_copy(0, rows, read[0, :, 0].T)
     return out
+
+
+def read_at(maps: Tensor, of: Tensor, places: Tensor, low: Sequence[float], cell_m: float) -> Tensor:
+    """maps (B,H,W,C) of square cells from low on read at places (...,2+) m, x y first; of (...): which map. (...,C) f32."""
+    cells = torch.stack(((places[..., 1] - low[1]) / cell_m - 0.5, (places[..., 0] - low[0]) / cell_m - 0.5), -1)
+    return sample_maps(maps, of.reshape(-1), cells.reshape(-1, 2)).unflatten(0, of.shape)

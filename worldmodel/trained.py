@@ -17,6 +17,7 @@ from sensors.rays import History, Rays, hide_sector, history_of, in_sector, rays
 from sensors.records import Clip
 from worldmodel import calibration, checkpoint, forecast, rundir
 from worldmodel.batches import clouds_of, joined, past_clouds, ray_input, ray_table, state_from_ego
+from worldmodel.encoders.contract import Clouds
 from worldmodel.forecast import EVIDENCE_ONLY, MODEL, NO_EVIDENCE, POSITIONS
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import WorldModel
@@ -67,12 +68,15 @@ class Trained:
                 f"{1 / model.rate_hz:.2f} s apart; give it such clips (`wm evaluate` needs model.past=5 model.rate_hz=5)"
             )
 
+    def _clouds(self, clip: Clip, history: History) -> Clouds:
+        return clouds_of(joined(past_clouds(clip, history, self.config), self.config), self.config.encoder, self.device)
+
     @torch.no_grad()
     def latents(self, clip: Clip, history: History) -> torch.Tensor:
         """(1,T,C',H,W) f32 of the past sweeps that the encoder sees, newest first."""
-        clouds = joined(past_clouds(clip, history, self.config), self.config)
+        clouds = self._clouds(clip, history)
         with self._autocast():
-            return self.model.encode(clouds_of(clouds, self.config.encoder, self.device), len(clouds)).float()
+            return self.model.encode(clouds, len(clouds.sizes)).float()
 
     @torch.no_grad()
     def raw_mixtures(self, clip: Clip, history: History, rays: Sequence[Rays], arms: Sequence[str] = arms) -> dict[str, list[Mixture]]:
@@ -80,10 +84,12 @@ class Trained:
         self._check_past(clip)
         ahead = sorted({asked.horizon_s for asked in rays if asked.horizon_s > 1e-6})
         times = torch.tensor([ahead], dtype=torch.float32, device=self.device)
-        latents = self.latents(clip, history)
+        clouds = self._clouds(clip, history)
         with self._autocast():
+            latents = self.model.encode(clouds, len(clouds.sizes)).float()
             present = torch.ones(latents.shape[:2], dtype=torch.bool, device=self.device)
             states = self.model.dynamics.roll_out(self.model.fusion(latents, present), times)
+            detail = self.model.keep(clouds, 1, len(clouds.sizes))
         steps = [ahead.index(asked.horizon_s) + 1 if asked.horizon_s > 1e-6 else 0 for asked in rays]
         out: dict[str, list[Mixture]] = {arm: [] for arm in arms}
         to_state = state_from_ego(clip, self.config.encoder)
@@ -93,13 +99,13 @@ class Trained:
             for first in range(0, len(table), CHUNK):
                 rows = np.arange(first, min(first + CHUNK, len(table)))
                 whole = ray_input(table.take(rows), np.zeros(len(rows), np.int64), self.device)
-                for arm, mixture in self._answers(states, whole, arms).items():
+                for arm, mixture in self._answers(states, detail, whole, arms).items():
                     parts[arm].append(calibration.widened(mixture, calibration.at(self.calibration, arm, asked.horizon_s)))
             for arm in arms:
                 out[arm].append(_joined(parts[arm]))
         return out
 
-    def _answers(self, states: torch.Tensor, rays: RayInput, arms: Sequence[str]) -> dict[str, Mixture]:
+    def _answers(self, states: torch.Tensor, detail: torch.Tensor, rays: RayInput, arms: Sequence[str]) -> dict[str, Mixture]:
         head, answers = self.model.rays, {}
         with self._autocast():
             if MODEL in arms or EVIDENCE_ONLY in arms:
@@ -107,11 +113,11 @@ class Trained:
                 if EVIDENCE_ONLY in arms:
                     answers[EVIDENCE_ONLY] = head.mixture(prior.position, prior.raw, prior.candidate)
                 if MODEL in arms:
-                    answers[MODEL] = self.model.read(states, rays, prior, self.share)
+                    answers[MODEL] = self.model.read(states, detail, rays, prior, self.share)
             for arm, less in ((POSITIONS, untold_evidence), (NO_EVIDENCE, without_evidence)):
                 if arm in arms:
                     asked = less(rays)
-                    answers[arm] = self.model.read(states, asked, head.prior(asked))
+                    answers[arm] = self.model.read(states, detail, asked, head.prior(asked))
         return answers
 
     def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays], arms: Sequence[str] = arms) -> dict[str, list[forecast.Mixture]]:

@@ -6,6 +6,7 @@ Shapes: B clouds, N points, M of them inside, V pillars, C channels, H rows (y),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class _SegmentMax(torch.autograd.Function):
         return torch.from_numpy(scatter_rows(grads[0].contiguous().numpy(), ctx.at, ctx.rows)), None
 
 
-def _max_over_pillars(values: Tensor, row: Tensor) -> Tensor:
+def max_over_pillars(values: Tensor, row: Tensor) -> Tensor:
     """Maxima (V,C) over the runs of values (M,C) that row (V+1,) delimits."""
     if values.device.type == "cpu":
         return _SegmentMax.apply(values.float(), row)  # type: ignore[no-any-return]
@@ -64,7 +65,7 @@ class PillarVFE(nn.Module):
         sizes = (row[1:] - row[:-1]).long()
         for layer in self.pfn_layers:
             x = torch.relu(layer.norm(layer.linear(features)))
-            top = _max_over_pillars(x, row)
+            top = max_over_pillars(x, row)
             features = top if layer.last else torch.cat((x, top.repeat_interleave(sizes, 0)), 1)
         return features
 
@@ -130,10 +131,12 @@ class PillarEncoder(nn.Module):
         nx, ny = self.config.grid
         device = clouds.points.device
         with torch.autocast(device.type, enabled=False):  # half precision would put coordinates on a grid of decimetres
-            if device.type == "cpu":
-                cells, values = self._padded(clouds) if self.config.padded_slots else self._grouped(clouds)
+            if not self.config.padded_slots:
+                cells, values = self._grouped(clouds)
+            elif device.type == "cpu":
+                cells, values = self._padded(clouds)
             else:
-                cells, values = self._on_device(clouds)
+                cells, values = self._padded_on_device(clouds)
         if torch.is_autocast_enabled(device.type):
             values = values.to(torch.get_autocast_dtype(device.type))
         flat = torch.zeros(len(clouds.sizes) * ny * nx, self.config.pfn_widths[-1], device=device, dtype=values.dtype)
@@ -141,40 +144,21 @@ class PillarEncoder(nn.Module):
             flat = flat.index_copy(0, cells.to(device), values)
         return flat.view(len(clouds.sizes), ny, nx, -1).permute(0, 3, 1, 2)
 
-    def _on_device(self, clouds: Clouds) -> tuple[Tensor, Tensor]:
+    def _grouped(self, clouds: Clouds) -> tuple[Tensor, Tensor]:
+        features, row, cells = grouped_points(clouds, self.config.low, self.config.high, self.config.voxel)
+        return cells, self.vfe.grouped(features, row) if len(features) else features.new_zeros(0, self.config.pfn_widths[-1])
+
+    def _padded_on_device(self, clouds: Clouds) -> tuple[Tensor, Tensor]:
         """Cells and pillar features without leaving the device: plain torch."""
         config = self.config
-        box = (config.low, config.high, config.voxel)
         nx, ny = config.grid
-        slots, rows, cells, offset = [], [torch.zeros(1, dtype=torch.long, device=clouds.points.device)], [], 0
+        slots, cells = [], []
         for index, points in enumerate(clouds.points.float().split(clouds.sizes)):
-            if config.padded_slots:
-                x, found = standalone.padded(points, *box, config.max_points_per_pillar, config.max_pillars)
-            else:
-                x, pillar, found = standalone.grouped(points, *box)
-                rows.append(offset + torch.cumsum(torch.bincount(pillar, minlength=len(found)), 0))
-                offset += len(x)
+            x, found = standalone.padded(points, config.low, config.high, config.voxel, config.max_points_per_pillar, config.max_pillars)
             slots.append(x)
             cells.append(found + index * nx * ny)
         x = torch.cat(slots)
-        if not len(x):
-            return torch.cat(cells), x.new_zeros(0, config.pfn_widths[-1])
-        return torch.cat(cells), self.vfe.padded(x) if config.padded_slots else self.vfe.grouped(x, torch.cat(rows))
-
-    def _grouped(self, clouds: Clouds) -> tuple[Tensor, Tensor]:
-        nx, ny = self.config.grid
-        features, rows, cells, offset = [], [np.zeros(1, np.int32)], [], 0
-        for index, points in enumerate(_split(clouds)):
-            found = pillars(points, self.config.low, self.config.voxel, (nx, ny))
-            features.append(pillar_features(points, found))
-            rows.append(found.row[1:] + np.int32(offset))
-            cells.append(found.cells.astype(np.int64) + index * nx * ny)
-            offset += int(found.row[-1])
-        device = clouds.points.device
-        if not offset:
-            return torch.zeros(0, dtype=torch.long), torch.zeros(0, self.config.pfn_widths[-1], device=device)
-        values = self.vfe.grouped(torch.from_numpy(np.concatenate(features)).to(device), torch.from_numpy(np.concatenate(rows)).to(device))
-        return torch.from_numpy(np.concatenate(cells)), values
+        return torch.cat(cells), self.vfe.padded(x) if len(x) else x.new_zeros(0, config.pfn_widths[-1])
 
     def _padded(self, clouds: Clouds) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -197,6 +181,27 @@ class PillarEncoder(nn.Module):
         mean = xyz.sum(1, keepdim=True) / counts[:, None, None].float()
         there = torch.arange(voxels.shape[1])[None, :] < counts[:, None]
         return torch.cat((voxels, xyz - mean, xyz - centre[:, None]), 2) * there[:, :, None]
+
+
+def grouped_points(clouds: Clouds, low: Sequence[float], high: Sequence[float], voxel: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (M,F+6) f32 of the points inside (raw, xyz minus the pillar's mean, xyz minus its centre), pillar by pillar; row (V+1,) i32, where
+    each pillar's points begin; cells (V,) i64 = (cloud * ny + row) * nx + column: by a kernel on the CPU, in plain torch elsewhere."""
+    nx, ny = (round((high[axis] - low[axis]) / voxel[axis]) for axis in (0, 1))
+    device = clouds.points.device
+    features, rows, cells, offset = [], [torch.zeros(1, dtype=torch.int32, device=device)], [], 0
+    for index, points in enumerate(clouds.points.detach().float().split(clouds.sizes)):
+        if device.type == "cpu":
+            own = points.contiguous().numpy()
+            found = pillars(own, low, voxel, (nx, ny))
+            x, row, at = (torch.from_numpy(a) for a in (pillar_features(own, found), found.row[1:], found.cells.astype(np.int64)))
+        else:
+            x, pillar, at = standalone.grouped(points, low, high, voxel)
+            row = torch.cumsum(torch.bincount(pillar, minlength=len(at)), 0, dtype=torch.int32)
+        features.append(x)
+        rows.append(row + offset)
+        cells.append(at + index * nx * ny)
+        offset += len(x)
+    return torch.cat(features), torch.cat(rows), torch.cat(cells)
 
 
 def _split(clouds: Clouds) -> list[np.ndarray[Any, Any]]:

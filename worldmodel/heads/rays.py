@@ -173,9 +173,10 @@ def feature_count(readings: int, sweeps: int) -> int:
 
 
 class RayHead(nn.Module):
-    """sweeps: T past sweeps; readings: S = T + displaced copies; bins: geometric bins beside the candidates; channels: of the state's maps."""
+    """sweeps: T past sweeps; readings: S = T + displaced copies; bins: geometric bins beside the candidates; latent_channels: of the state's
+    maps; detail: numbers that the detail tells at a position."""
 
-    def __init__(self, sweeps: int, readings: int, bins: int = 24, width: int = 192, latent_channels: int = 48, latent_width: int = 48) -> None:
+    def __init__(self, sweeps: int, readings: int, bins: int = 24, width: int = 192, latent_channels: int = 48, latent_width: int = 48, detail: int = 0) -> None:
         super().__init__()
         self.sweeps, self.readings, self.bins = sweeps, readings, bins
         self.positions = readings * 5 + sweeps + bins
@@ -206,7 +207,7 @@ class RayHead(nn.Module):
         self.context = nn.Linear(width, RAY_CONTEXT)
         self.heights = nn.Linear(latent_channels, SURFACES)
         nn.init.constant_(self.heights.bias, FIRST_HEIGHT_M)
-        self.at_position = nn.Linear(latent_channels + 8 + 3 * SURFACES, latent_width)
+        self.at_position = nn.Linear(latent_channels + detail + 8 + 3 * SURFACES, latent_width)
         self.of_ray = nn.Linear(RAY_CONTEXT + 7, latent_width, bias=False)
         self.latent_hidden = nn.Linear(latent_width, latent_width)
         self.latent_out = nn.Linear(latent_width, 7)
@@ -250,8 +251,9 @@ class RayHead(nn.Module):
             hidden = hidden.index_copy(0, rows, of_evidence.float())
         return Prior(position, raw, kind, kind <= self.readings, shift, hidden)
 
-    def correction(self, rays: RayInput, sampled: Tensor, prior: Prior) -> Tensor:
-        """What the state adds (N,7,P): hazard logit, offset, scale, intensity, colour. sampled (N,P,C): the state read at the positions."""
+    def correction(self, rays: RayInput, sampled: Tensor, detail: Tensor, prior: Prior) -> Tensor:
+        """What the state adds (N,7,P): hazard logit, offset, scale, intensity, colour. sampled (N,P,C), detail (N,P,D): the state and the
+        detail read at the positions."""
         position, raw = prior.position, prior.raw.detach()
         height = rays.origin[:, 2:] + rays.direction[:, 2:] * position
         here = torch.stack((height * 0.5, torch.tanh(height), torch.tanh(4 * (height - 0.3)), torch.log(position) - 2.5,
@@ -259,7 +261,7 @@ class RayHead(nn.Module):
         moves = torch.tanh(prior.shift.abs().amax(1, keepdim=True))  # where something moves, what stood at a place says less about it
         scalars = torch.cat((rays.bearing, rays.horizon_s[:, None], rays.origin[:, 2:] * 0.5, rays.with_evidence[:, None].float(), moves), 1)
         ray = self.of_ray(torch.cat((self.context(prior.hidden.detach()), scalars), 1))
-        told = torch.cat((sampled, here, self.surfaces(rays, sampled, position, height)), 2)
+        told = torch.cat((sampled, detail, here, self.surfaces(rays, sampled, position, height)), 2)
         x = self.at_position(told) + ray[:, None] + self.kind_embedding(prior.kind)
         x = F.silu(self.latent_hidden(F.silu(x)))
         return self.latent_out(x).transpose(1, 2).float()
