@@ -2,7 +2,7 @@
 
 Everything predicted lives in the *state frame*: the reference LiDAR's at t = 0 (turned about z by the encoder's `input_yaw_deg`). A static
 world stands still in it, ego motion is known geometry, and what has to be learned is what is hidden and what moves. Future poses only
-say from where the sensor will look.
+say from where the sensor will look. The state has two parts: maps that a network makes and rolls out, and a finer one, the detail, that stays.
 
 B clips whose rays are read with the state, D dense ones that follow them and are only encoded, T past sweeps, K future instants, C channels, H/W
 cells, N rays, L of them read with the state, P positions along a ray.

@@ -8,7 +8,8 @@ CDF. That one F serves the loss, the median, the quantiles, CRPS and PIT.
 
 Two parts add up at every position. The *prior* part knows the ray alone: its evidence, or, without any, its elevation and horizon; on
 its own it is the `evidence_only` arm that every table shows. The *latent* part reads the state z_k where the position lies, heights of
-surfaces among it, and corrects the prior's outputs; no gradient flows from it into the prior part, so that the arm stays what it is called.
+surfaces among it, and the detail around it (`worldmodel.detail`), and corrects the prior's outputs; no gradient flows from it into the prior
+part, so that the arm stays what it is called.
 Where the prior believes a displaced copy, the state has no say (`RayHead.say`): it knows where things stood, and what it adds there only
 spoils what is known of a mover.
 """
@@ -176,7 +177,9 @@ class RayHead(nn.Module):
     """sweeps: T past sweeps; readings: S = T + displaced copies; bins: geometric bins beside the candidates; latent_channels: of the state's
     maps; detail: numbers that the detail tells at a position."""
 
-    def __init__(self, sweeps: int, readings: int, bins: int = 24, width: int = 192, latent_channels: int = 48, latent_width: int = 48, detail: int = 0) -> None:
+    def __init__(
+        self, sweeps: int, readings: int, bins: int = 24, width: int = 192, latent_channels: int = 48, latent_width: int = 48, detail: int = 0
+    ) -> None:
         super().__init__()
         self.sweeps, self.readings, self.bins = sweeps, readings, bins
         self.positions = readings * 5 + sweeps + bins
