@@ -9,9 +9,15 @@ B clips, N points, L rays, P positions along a ray, R places read around each, C
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sensors.kernels import columns
 from worldmodel.config import Encoder
 from worldmodel.encoders.contract import Clouds
 from worldmodel.encoders.pillars import grouped_points, max_over_pillars
@@ -39,16 +45,16 @@ class Detail(nn.Module):
         """cell_m: of the state."""
         super().__init__()
         self.low, self.cell_m = config.low, max(cell_m / FINER, LEAST_CELL_M)
-        columns = len(config.features) - 2 + 6
+        width = len(config.features) - 2 + 6
         shape = [-(-round(1000 * (config.high[axis] - config.low[axis])) // round(1000 * self.cell_m)) for axis in (0, 1)]
         self.shape = (shape[1], shape[0])
         self.voxel = (self.cell_m, self.cell_m, config.high[2] - config.low[2])
         self.high = tuple(low + cells * size for low, cells, size in zip(self.low, (*shape, 1), self.voxel, strict=True))
-        scale = torch.ones(columns)
+        scale = torch.ones(width)
         scale[[-6, -5, -3, -2]] = 1 / self.cell_m
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("around", 1 + torch.tensor(AROUND), persistent=False)
-        self.of_point = nn.Linear(columns + SLICES, WIDTH)
+        self.of_point = nn.Linear(width + SLICES, WIDTH)
         self.of_cell = nn.Linear(WIDTH, 1 + HEIGHTS + FREE + SLICES, bias=False)
 
     def forward(self, clouds: Clouds) -> Tensor:
@@ -63,15 +69,44 @@ class Detail(nn.Module):
         return maps.view(len(clouds.sizes), *self.shape, -1)
 
     def read(self, maps: Tensor, rays: RayInput, position: Tensor) -> Tensor:
-        """(L,P,FEATURES) f32: what is around the positions (L,P) m of rays: how much, how much of it at the height of the ray, how far its heights
-        are above the ray at two scales, and the free numbers."""
+        """(L,P,FEATURES) f32: what is around the positions (L,P) m of rays: how much, how much of it at the height of the ray, the free numbers, and
+        how far its heights are above the ray, at two scales."""
         with torch.autocast(maps.device.type, enabled=False):
-            ranges = (position[:, :, None] * self.around).flatten(1)
-            places = rays.origin[:, None] + rays.direction[:, None] * ranges[:, :, None]
-            height = places[..., 2:]
-            of = rays.of[:, None].expand_as(ranges)
-            there, heights, free, slices = read_at(maps, of, places, self.low, self.cell_m).split((1, HEIGHTS, FREE, SLICES), 2)
-            above = heights - height * there
-            here = (slices * slices_at(height[..., 0])).sum(2, keepdim=True)
-            found = torch.cat((there, here, free, torch.tanh(2 * above), torch.tanh(10 * above)), 2)
-        return found.unflatten(1, (position.shape[1], -1)).flatten(2)
+            found = self.read_by_kernel(maps, rays, position) if maps.device.type == "cpu" else self.read_anywhere(maps, rays, position)
+            above = found[..., -HEIGHTS:]
+            return torch.cat((found[..., :-HEIGHTS], torch.tanh(2 * above), torch.tanh(10 * above)), 3).flatten(2)
+
+    def read_by_kernel(self, maps: Tensor, rays: RayInput, position: Tensor) -> Tensor:
+        """What `read_anywhere` gives, and its gradient, on the CPU."""
+        found: Tensor = _Columns.apply(maps, rays.of.to(torch.int32), rays.origin, rays.direction, position, self.around, self.low, self.cell_m)
+        return found
+
+    def read_anywhere(self, maps: Tensor, rays: RayInput, position: Tensor) -> Tensor:
+        """(L,P,R,2+FREE+HEIGHTS) f32: amount, that at the ray's height, free numbers, heights above the ray in proportion to the amount."""
+        ranges = position[:, :, None] * self.around
+        places = rays.origin[:, None, None] + rays.direction[:, None, None] * ranges[..., None]
+        of = rays.of[:, None, None].expand_as(ranges)
+        there, heights, free, slices = read_at(maps, of, places, self.low, self.cell_m).split((1, HEIGHTS, FREE, SLICES), 3)
+        here = (slices * slices_at(places[..., 2])).sum(3, keepdim=True)
+        return torch.cat((there, here, free, heights - places[..., 2:] * there), 3)
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, *where: Any) -> Tensor:
+        *arrays, low, cell_m = where
+        ctx.arrays = [array.contiguous().numpy() for array in arrays]
+        of, position, around = ctx.arrays[0], ctx.arrays[3], ctx.arrays[4]
+        ctx.grid = (np.float32(low[:2]), np.float32(cell_m), np.float32([LOWEST_M, THICK_M]), HEIGHTS, FREE)
+        ctx.shape = maps.shape
+        out = np.empty((*position.shape, len(around), 2 + FREE + HEIGHTS), np.float32)
+        values, bounds = maps.detach().contiguous().numpy(), np.linspace(0, len(of), torch.get_num_threads() + 1).astype(np.int64)
+        with ThreadPoolExecutor(len(bounds) - 1) as pool:
+            list(pool.map(lambda part: columns.read(values, *ctx.arrays, *ctx.grid, *part, out), itertools.pairwise(bounds)))
+        return torch.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        out = np.zeros(ctx.shape, np.float32)
+        columns.add_gradient(grads[0].contiguous().numpy(), *ctx.arrays, *ctx.grid, out)
+        return torch.from_numpy(out), *([None] * (len(ctx.arrays) + 2))

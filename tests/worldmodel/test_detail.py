@@ -1,5 +1,7 @@
 """What the detail keeps of a cloud, and what a ray finds of it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,22 @@ def test_a_ray_finds_what_is_where_it_passes_and_nothing_elsewhere(detail):
     assert torch.allclose(there, torch.ones(len(AROUND)), atol=1e-5)
     assert torch.allclose(above, torch.tanh(-2 * slope * torch.tensor(AROUND)), atol=1e-4)
     assert (here > 0.4).all()
+
+
+def test_the_kernel_reads_what_torch_reads_and_so_do_gradients(detail):
+    g = torch.Generator().manual_seed(0)
+    asked = dataclasses.replace(rays(200), of=torch.randint(0, 2, (200,), generator=g))
+    asked.origin[:] += torch.tensor([60.0, 30.0, 0.0]) * (torch.rand(200, 1, generator=g) - 0.5)  # some end beyond the map, on every side
+    position = 1 + 60 * torch.rand(200, 5, generator=g)
+    maps = torch.randn(2, *detail.shape, 1 + HEIGHTS + FREE + SLICES, generator=g)
+    first, second = maps.clone().requires_grad_(), maps.clone().requires_grad_()
+    got, want = detail.read_by_kernel(first, asked, position), detail.read_anywhere(second, asked, position)
+    assert got.shape == (200, 5, len(AROUND), 2 + FREE + HEIGHTS) and (got == 0).all(3).any() and (got != 0).any()
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-4)  # places of 60 m are known to some micrometres, maps are steep
+    weight = torch.randn(got.shape, generator=g)
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    torch.testing.assert_close(first.grad, second.grad, atol=2e-3, rtol=1e-4)
 
 
 def test_all_sweeps_of_a_clip_are_kept_as_one_cloud():
