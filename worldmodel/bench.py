@@ -220,6 +220,7 @@ def kernel_cases(first: Any, second: Any) -> Iterator[Case]:
     yield from _occupancy_cases(first)
     yield from _image_cases(first)
     yield _loss_case()
+    yield _detail_case(first)
     yield _aggregate_case(first, second)
 
 
@@ -495,6 +496,52 @@ def _loss_case() -> Case:
         return f"equal to {off:.0e}"
 
     return Case(f"hazard loss and gradient, {positions} bins", "torch, weighted BCE", lambda: hazard_loss(logits, bins), by_entropy, same)
+
+
+def _detail_case(points: Any) -> Case:
+    import numpy as np
+    import torch
+
+    from sensors.kernels import columns
+    from worldmodel.detail import AROUND, FREE, HEIGHTS, LOWEST_M, SLICES, THICK_M, slices_at
+
+    rng = np.random.Generator(np.random.Philox(8))
+    rays, positions, cells, cell_m = 1024, 76, 512, 0.2
+    maps = rng.normal(0, 1, (1, cells, cells, 1 + HEIGHTS + FREE + SLICES)).astype(np.float32)
+    direction = points[rng.choice(len(points), rays), :3]
+    direction = (direction / np.linalg.norm(direction, axis=1, keepdims=True)).astype(np.float32)
+    origin, of = np.zeros((rays, 3), np.float32), np.zeros(rays, np.int32)
+    position = np.broadcast_to(np.geomspace(2, 56, positions, dtype=np.float32), (rays, positions)).copy()
+    around, low = 1 + np.array(AROUND, np.float32), np.full(2, -cells * cell_m / 2, np.float32)
+    where = (of, origin, direction, position, around, low, np.float32(cell_m), np.array([LOWEST_M, THICK_M], np.float32), HEIGHTS, FREE)
+    weight = rng.normal(0, 1, (rays, positions, len(around), 2 + FREE + HEIGHTS)).astype(np.float32)
+    grid_maps, grid_weight = torch.from_numpy(maps).permute(0, 3, 1, 2).contiguous().requires_grad_(), torch.from_numpy(weight)
+
+    def by_kernel() -> Any:
+        out, gradient = np.empty_like(weight), np.zeros_like(maps)
+        columns.read(maps, *where, 0, rays, out)
+        columns.add_gradient(weight, *where, gradient)
+        return out, gradient
+
+    def by_grid_sample() -> Any:
+        grid_maps.grad = None
+        ranges = torch.from_numpy(position)[..., None] * torch.from_numpy(around)
+        places = (torch.from_numpy(direction)[:, None, None] * ranges[..., None]).flatten(0, 2)
+        grid = (places[:, :2] / (cells * cell_m / 2))[None, None]
+        read = torch.nn.functional.grid_sample(grid_maps, grid, align_corners=False)[0, :, 0].T
+        there, heights, free, slices = read.split((1, HEIGHTS, FREE, SLICES), 1)
+        here = (slices * slices_at(places[:, 2])).sum(1, keepdim=True)
+        out = torch.cat((there, here, free, heights - places[:, 2:] * there), 1).view(weight.shape)
+        (out * grid_weight).sum().backward()
+        return out.detach(), grid_maps.grad
+
+    def same(ours: Any, theirs: Any) -> str:
+        off = max(float(np.abs(a - b.numpy()).max()) for a, b in ((ours[0], theirs[0]), (ours[1], theirs[1].permute(0, 2, 3, 1))))
+        if off > 1e-2:  # the gradient of a cell near the sensor is a sum over thousands of places
+            raise Different(f"off by {off:.1e}")
+        return f"equal to {off:.0e}"
+
+    return Case(f"detail along {rays} rays, and gradient", "torch, grid_sample", by_kernel, by_grid_sample, same)
 
 
 def _aggregate_case(first: Any, second: Any) -> Case:
