@@ -95,6 +95,15 @@ def test_the_kernel_reads_what_torch_reads_and_so_do_gradients(detail):
     torch.testing.assert_close(first.grad, second.grad, atol=2e-3, rtol=1e-4)
 
 
+def test_no_ray_reads_nothing_and_neither_does_one_that_is_nowhere(detail):
+    maps = torch.ones(1, *detail.shape, 1 + HEIGHTS + FREE + SLICES)
+    asked = rays(3)
+    assert detail.read(maps, asked.take(slice(0, 0)), torch.zeros(0, 4)).shape == (0, 4, FEATURES)
+    asked.direction[0], asked.direction[1] = float("nan"), float("inf")
+    found = detail.read(maps, asked, torch.full((3, 4), 5.0))
+    assert not found[:2].any() and found[2].any()
+
+
 def test_all_sweeps_of_a_clip_are_kept_as_one_cloud():
     torch.manual_seed(0)
     model = WorldModel(load_config("tiny", ["model.join_sweeps=false", "model.latent_sweeps=[0,1]"]))
