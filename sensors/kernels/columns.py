@@ -17,6 +17,13 @@ Array = NDArray[Any]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _place(origin, direction, r, low, cell_m):
+    """Row and column, cell centres at integers, and height of a place on a ray."""
+    x, y, z = origin[0] + direction[0] * r, origin[1] + direction[1] * r, origin[2] + direction[2] * r
+    return (y - low[1]) / cell_m - np.float32(0.5), (x - low[0]) / cell_m - np.float32(0.5), z
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _corner(at, count):
     """The cell before a place on an axis of `count` cells, how far beyond its centre the place is, and the weights of it and the next one."""
     first = int(np.floor(at))
@@ -43,9 +50,7 @@ def read(maps, of, origin, direction, position, around, low, cell_m, slabs, heig
         m = maps[of[i]]
         for p in range(position.shape[1]):
             for q in range(around.shape[0]):
-                r = position[i, p] * around[q]
-                x, y, z = origin[i, 0] + direction[i, 0] * r, origin[i, 1] + direction[i, 1] * r, origin[i, 2] + direction[i, 2] * r
-                row, column = (y - low[1]) / cell_m - np.float32(0.5), (x - low[0]) / cell_m - np.float32(0.5)
+                row, column, z = _place(origin[i], direction[i], position[i, p] * around[q], low, cell_m)
                 found = out[i, p, q]
                 found[:] = 0
                 if not (row > np.float32(-1) and row < np.float32(rows) and column > np.float32(-1) and column < np.float32(columns)):
@@ -76,9 +81,7 @@ def add_gradient(grads, of, origin, direction, position, around, low, cell_m, sl
         m = out[of[i]]
         for p in range(position.shape[1]):
             for q in range(around.shape[0]):
-                r = position[i, p] * around[q]
-                x, y, z = origin[i, 0] + direction[i, 0] * r, origin[i, 1] + direction[i, 1] * r, origin[i, 2] + direction[i, 2] * r
-                row, column = (y - low[1]) / cell_m - np.float32(0.5), (x - low[0]) / cell_m - np.float32(0.5)
+                row, column, z = _place(origin[i], direction[i], position[i, p] * around[q], low, cell_m)
                 if not (row > np.float32(-1) and row < np.float32(rows) and column > np.float32(-1) and column < np.float32(columns)):
                     continue
                 r0, top, bottom = _corner(row, rows)
