@@ -136,6 +136,17 @@ def latest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, bad
 
 
+def fill(model: nn.Module, found: Checkpoint, run: Path) -> None:
+    """Give the model the weights of a run's checkpoint; WmError where they are those of another model, as another version may have made it."""
+    try:
+        model.load_state_dict(found.weights)
+    except RuntimeError as error:
+        said = one_line(error, 160)
+        raise WmError(
+            f"{one_line(run)}: step {found.step} does not fit its config.yaml ({said}); where another version made it, train anew"
+        ) from error
+
+
 def read(folder: Path) -> Checkpoint:
     check_folder(folder)
     state = parse_json(read_whole(folder / "state.json", 1 << 26), f"{folder.name}/state.json")

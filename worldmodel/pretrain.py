@@ -155,7 +155,7 @@ def train(
             if report:
                 report(0, 0, f"skipped a checkpoint: {line}")
         if newest is not None:
-            model.load_state_dict(newest.weights)
+            checkpoint.fill(model, newest, run)
             checkpoint.restore_optimizers(optimizers, model, newest.optimizer)
             first, elapsed = newest.step, float(newest.state["elapsed_s"])
             best, random_rank = float(newest.state["best_loss"] or math.inf), float(newest.state["random_rank"] or math.nan)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sensors.errors import UsageError, WmError, one_line
+from sensors.errors import UsageError, one_line
 from sensors.files import read_json
 from sensors.rays import History, Rays, hide_sector, history_of, in_sector, rays_of
 from sensors.records import Clip
@@ -43,10 +43,7 @@ class Trained:
         self.calibration = calibration.checked(found.state.get("calibration"))
         self.share = calibration.checked_share(found.state.get("share"))
         self.model = WorldModel(self.config)
-        try:
-            self.model.load_state_dict(found.weights)
-        except RuntimeError as error:
-            raise WmError(f"{one_line(run)}: step {found.step} does not fit its config.yaml ({one_line(error, 200)})") from error
+        checkpoint.fill(self.model, found, run)
         self.model.to(self.device).eval()
         scales = run / "point_scales.json"
         self.point_scales = read_json(scales) if scales.exists() else {}

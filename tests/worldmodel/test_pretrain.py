@@ -117,6 +117,19 @@ def test_resuming_on_other_data_is_refused(store, run, parts, tmp_path, capsys):
         rundir.check_same_data(run, [dataclasses.replace(part, weight=2.0) if part is parts[2] else part for part in parts])
 
 
+def test_weights_of_another_model_are_refused_in_one_line(run, parts, tmp_path):
+    import shutil
+
+    from worldmodel.trained import Trained
+
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("head_latent_width: ", "head_latent_width: 1"))
+    for use in (lambda: train(parts, other, rundir.read_config(other), resume=True), lambda: Trained(other)):
+        with pytest.raises(WmError, match=r"step 8 does not fit its config\.yaml \(.*\); where another version made it, train anew$"):
+            use()
+
+
 def test_checkpoints_beyond_a_million_steps_are_the_newest(run, tmp_path):
     import shutil
 
