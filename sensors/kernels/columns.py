@@ -25,7 +25,7 @@ def _place(origin, direction, r, low, cell_m):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _corner(at, count):
-    """The cell before a place on an axis of `count` cells, how far beyond its centre the place is, and the weights of it and the next one."""
+    """The cell before a place on an axis of `count` cells, and the weights of it and of the next one: 0 for one that is not there."""
     first = int(np.floor(at))
     share = at - np.float32(first)
     return first, (np.float32(1) - share) if first >= 0 else np.float32(0), share if first + 1 < count else np.float32(0)
