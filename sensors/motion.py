@@ -103,7 +103,7 @@ def _displacement(velocity: Array, acceleration: Array, seconds: float) -> Array
     return (velocity * t + 0.5 * acceleration * t * t).astype(np.float32)
 
 
-def _towards(view: View, points: Array, sensor_from_points: Array) -> Array:
+def towards(view: View, points: Array, sensor_from_points: Array) -> Array:
     """(N,) f32: reading of the view in the direction of each point (N,3) minus its distance; NaN where it has none there."""
     start, _, azimuth, elevation, radius = view._cells[:5]
     out = np.empty(len(points), np.float32)
@@ -297,7 +297,7 @@ def _estimate(history: History) -> Motion:
             older.append(moved.astype(np.float32))
         back = np.concatenate(older)
         # where the newest sweep sees through them, they were of something else, or are not where this motion says
-        back = back[~(_towards(tracker.views[-1], back, own) > SEEN_THROUGH_M)]
+        back = back[~(towards(tracker.views[-1], back, own) > SEEN_THROUGH_M)]
         things.append((np.concatenate((newest[of], back)), shown, a))
     if not things:
         return still

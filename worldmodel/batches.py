@@ -27,6 +27,7 @@ from worldmodel.config import Config, Encoder
 from worldmodel.encoders.contract import Clouds
 from worldmodel.heads.rays import NEAR_ENOUGH_RAD, RayInput
 from worldmodel.model import Batch
+from worldmodel.scene import AGE, PAST, Scene, scene_of
 
 Array = NDArray[Any]
 
@@ -106,8 +107,8 @@ def _near_enough(found: past_evidence.Evidence) -> dict[str, Array]:
 class Prepared:
     """A clip ready for training: past clouds (N,5) x y z intensity dt in the state frame, newest first, as `latent_sweeps` asks; times_s (K,)
     of the future frames; clouds (N,5) of those future sweeps that `instants` (1..K) names; the ray table of the present and of these instants, with
-    range, intensity, colour and weight beside it; movers (M,5), zeros beside x y z: where things that were found to move are at t = 0, a
-    point in each cube of MOVER_CELL_M."""
+    range, intensity, colour and weight beside it; scene: what the detail is made of; movers (M,5), zeros beside x y z: where things that were
+    found to move are at t = 0, a point in each cube of MOVER_CELL_M."""
 
     id: str
     past: tuple[Array, ...]
@@ -115,11 +116,12 @@ class Prepared:
     times_s: Array
     instants: tuple[int, ...]
     rays: RayTable
+    scene: Scene
     movers: Array
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self.past, *self.future, self.movers, *self.rays.columns.values()))
+        return sum(a.nbytes for a in (*self.past, *self.future, self.scene.still, self.scene.moving, self.movers, *self.rays.columns.values()))
 
 
 def past_clouds(clip: Clip, history: History, config: Config) -> tuple[Array, ...]:
@@ -178,7 +180,8 @@ def prepare(clip: Clip, config: Config) -> Prepared:
     table = ray_table(history, asked, to_state, steps)
     table.columns.update({name: np.concatenate([t[name] for t in truth]) for name in truth[0]})
     times = np.array([(frame.stamp_ns - clip.stamp_ns) / 1e9 for frame in clip.future])
-    return Prepared(clip.id, past, tuple(future), times, tuple(steps[1:]), table, _movers(history, to_state))
+    scene, movers = scene_of(history, to_state, config.encoder), _movers(history, to_state)
+    return Prepared(clip.id, past, tuple(future), times, tuple(steps[1:]), table, scene, movers)
 
 
 def _movers(history: History, state_from_present: Array) -> Array:
@@ -264,6 +267,7 @@ class Visit:
     present: Array
     newest: Array
     movers: Array
+    scene: Scene
     future: Array
     future_step: int
     future_origin: Array
@@ -289,6 +293,7 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
     future_step = prepared.instants[pick] - 1 if prepared.future else 0
     origins = np.stack([_origin(prepared.rays, step) for step in (future_step + 1, 0)])
     present, newest, movers = np.ones(len(past), bool), past[0], prepared.movers
+    scene = prepared.scene if role == "read" else Scene(np.zeros((0, 6), np.float32), np.zeros((0, 5), np.float32))
     for table in tables:
         table.columns["hidden"] = np.zeros(len(table), bool)
         table.columns["with_evidence"], table.columns["told"] = np.ones(len(table), bool), np.ones(len(table), bool)
@@ -296,13 +301,14 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
         turn = _turn(rng, config)
         newest, movers, future, origins = (_turned(points, turn) for points in (newest, movers, future, origins))
         past = [_turned(points[rng.random(len(points)) >= train.point_drop * rng.random()], turn) for points in past]
+        scene = _turned_scene(scene, turn)
         tables = [_turned_rays(table, turn) for table in tables]
         if config.model.join_sweeps and rng.random() < (DENSE_NEWEST_SHARE if role == "dense" else train.newest_share):
             past = past[:1]
         if role == "dense":
             past = _masked(rng, past)
         elif rng.random() < train.hidden_share:
-            past, present, tables = _withheld(rng, past, present, tables)
+            past, scene, present, tables = _withheld(rng, past, scene, present, tables)
         for table in tables:
             _drop_sweep(rng, table, train.sweep_drop, config.model.past)
         draw = rng.random(len(tables[0]))
@@ -313,7 +319,7 @@ def visit(prepared: Prepared, config: Config, epoch: int, position: int, *, augm
         c["with_evidence"] &= ~(np.isnan(c["quadrants"]).all((1, 2)) & np.isnan(c["nearest"]).all(1))
     if config.model.join_sweeps:
         past, present = list(joined(past, config)), np.ones(1, bool)
-    return Visit(prepared.id, role, tuple(past), present, newest, movers, future, future_step, origins, prepared.times_s, tables[0], tables[1])
+    return Visit(prepared.id, role, tuple(past), present, newest, movers, scene, future, future_step, origins, prepared.times_s, tables[0], tables[1])
 
 
 def _masked(rng: np.random.Generator, past: list[Array]) -> list[Array]:
@@ -356,6 +362,12 @@ def _turned(points: Array, turn: _Turn) -> Array:
     return np.concatenate((xyz, points[:, 3:]), 1)
 
 
+def _turned_scene(scene: Scene, turn: _Turn) -> Scene:
+    moving = _turned(scene.moving, turn)
+    moving[:, 3:] = moving[:, 3:] @ (turn.scale * turn.linear[:2, :2]).T.astype(np.float32)
+    return Scene(_turned(scene.still, turn), moving)
+
+
 def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
     """Rays, truth and evidence as a mirrored, scaled street would have given them: mirrored quadrants change sides."""
     c = dict(table.columns)
@@ -373,7 +385,9 @@ def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
     return RayTable(c)
 
 
-def _withheld(rng: np.random.Generator, past: list[Array], present: Array, tables: list[RayTable]) -> tuple[list[Array], Array, list[RayTable]]:
+def _withheld(
+    rng: np.random.Generator, past: list[Array], scene: Scene, present: Array, tables: list[RayTable]
+) -> tuple[list[Array], Scene, Array, list[RayTable]]:
     """A sector, a block or the newest sweep taken out of all past input and of the evidence; rays that end there are marked hidden."""
     kind = rng.choice(["sector", "block", "sweep"], p=[0.55, 0.3, 0.15])
     if kind == "sweep":
@@ -382,7 +396,9 @@ def _withheld(rng: np.random.Generator, past: list[Array], present: Array, table
         past = [points[:0] if i == 0 else points for i, points in enumerate(past)]
         for table in tables:
             _forget(table, np.ones(len(table), bool), 0)
-        return past, present, tables
+        still = scene.still[scene.still[:, AGE] > 0]
+        still[:, PAST] = 0
+        return past, Scene(still, scene.moving[:0]), present, tables
     if kind == "sector":
         centre, half = rng.uniform(-np.pi, np.pi), np.deg2rad(rng.uniform(15, 45))
 
@@ -397,6 +413,7 @@ def _withheld(rng: np.random.Generator, past: list[Array], present: Array, table
             return np.hypot(xy[..., 0] - middle[0], xy[..., 1] - middle[1]) <= radius * (1 + margin * 5) + margin_m
 
     past = [points[~inside(points[:, :2], 0.0)] for points in past]
+    scene = Scene(*(points[~inside(points[:, :2], 0.0)] for points in (scene.still, scene.moving)))
     for table in tables:
         _lose_pace(table)
         c = table.columns
@@ -418,7 +435,7 @@ def _withheld(rng: np.random.Generator, past: list[Array], present: Array, table
         c["around"] = np.where(inside(place, BORDER_RAD), np.nan, c["around"]).astype(c["around"].dtype)
         c["offsets"] = np.where(np.isnan(c["quadrants"])[..., None], np.nan, c["offsets"]).astype(c["offsets"].dtype)
         c["angle"] = np.where(np.isnan(c["nearest"]), np.nan, c["angle"])
-    return past, present, tables
+    return past, scene, present, tables
 
 
 def _forget(table: RayTable, rows: Array, sweep: int) -> None:
@@ -489,6 +506,16 @@ def clouds_of(clouds: Sequence[Array], encoder: Encoder, device: torch.device | 
     return Clouds(torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device), tuple(len(c) for c in clouds))
 
 
+def scene_clouds(scenes: Sequence[Scene], times_s: Sequence[Sequence[float]], device: torch.device | str = "cpu") -> tuple[Clouds, Clouds]:
+    """What stands in B scenes, and what moves in each at each of K instants: B clouds (N,6) and B*K clouds (N,3), as `Detail` takes them."""
+
+    def joint(parts: list[Array]) -> Clouds:
+        return Clouds(torch.from_numpy(np.concatenate(parts)).to(device), tuple(map(len, parts)))
+
+    moving = [scene.moving_at(seconds) for scene, times in zip(scenes, times_s, strict=True) for seconds in times]
+    return joint([scene.still for scene in scenes]), joint(moving)
+
+
 def collate(visits: Sequence[Visit], config: Config, device: torch.device | str = "cpu", *, foretell: bool = True) -> Batch:
     """Visits -> a batch. They come by role, as `Role` lists them, and rays that are read with the state before others; foretell: the latents of the
     future."""
@@ -497,6 +524,7 @@ def collate(visits: Sequence[Visit], config: Config, device: torch.device | str 
     of = np.concatenate([np.full(len(t), i % len(visits), np.int64) for i, t in enumerate(tables)])
     table = RayTable({name: np.concatenate([t.columns[name] for t in tables]) for name in tables[0].columns})
     encoder = config.encoder
+    still, moving = scene_clouds([v.scene for v in read], [[0.0, *v.times_s] for v in read], device)
     tensor = lambda name: torch.from_numpy(np.ascontiguousarray(table.columns[name])).to(device)  # noqa: E731
     return Batch(
         clouds=clouds_of([p for v in seen for p in v.past], encoder, device),
@@ -510,6 +538,8 @@ def collate(visits: Sequence[Visit], config: Config, device: torch.device | str 
         intensity=tensor("intensity").float(),
         colour=tensor("colour").float(),
         movers=clouds_of([v.movers for v in seen], encoder, device),
+        still=still,
+        moving=moving,
         newest=clouds_of([v.newest for v in seen], encoder, device),
         newest_origin=torch.from_numpy(np.stack([v.future_origin[1] for v in seen])).to(device),
         future=clouds_of([v.future for v in read], encoder, device) if len(read[0].times_s) else None,

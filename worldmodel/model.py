@@ -2,7 +2,7 @@
 
 Everything predicted lives in the *state frame*: the reference LiDAR's at t = 0 (turned about z by the encoder's `input_yaw_deg`). A static
 world stands still in it, ego motion is known geometry, and what has to be learned is what is hidden and what moves. Future poses only
-say from where the sensor will look. The state has two parts: maps that a network makes and rolls out, and a finer one, the detail, that stays.
+say from where the sensor will look. The state has two parts: maps that a network makes and rolls out, and a finer one, the detail.
 
 B clips whose rays are read with the state, D dense ones that follow them and are only encoded, T past sweeps, K future instants, C channels, H/W
 cells, N rays, L of them read with the state, P positions along a ray.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sensors.evidence import MOVED
 from worldmodel.config import Config
-from worldmodel.detail import FEATURES, Detail
+from worldmodel.detail import FEATURES, Detail, Kept
 from worldmodel.dynamics import Dynamics
 from worldmodel.encoders.contract import Clouds, build_encoder
 from worldmodel.fusion import Fusion
@@ -34,8 +34,9 @@ class Batch:
     times_s (B,K): future instants. rays: N rays, of which the first `stateful` are read with the state. ranges (N,): the truth, NaN where
     unknown; weight (N,); hidden (N,) bool: the truth lies in a region withheld from all past input; intensity (N,), colour (N,3): of the
     return, NaN where unknown. newest: B+D clouds of the newest past sweep with nothing withheld, seen from newest_origin (B+D,3); movers: B+D clouds,
-    points of what moves at t = 0. future: B clouds of the true future sweep at index future_step (B,) of times_s, seen from future_origin
-    (B,3), or None; foretell: ask for its latents. clips: their ids."""
+    points of what moves at t = 0. still: B clouds of what stands, moving: B*(K+1) clouds of what moves, at t = 0 and at the times (`Scene`).
+    future: B clouds of the true future sweep at index future_step (B,) of times_s, seen from future_origin (B,3), or None; foretell: ask for its
+    latents. clips: their ids."""
 
     clouds: Clouds
     present: Tensor
@@ -50,6 +51,8 @@ class Batch:
     newest: Clouds
     newest_origin: Tensor
     movers: Clouds
+    still: Clouds
+    moving: Clouds
     future: Clouds | None
     future_step: Tensor
     future_origin: Tensor
@@ -94,7 +97,7 @@ class WorldModel(nn.Module):
         latents = self.encode(batch.clouds, sweeps)
         start = self.fusion(latents, batch.present)
         states = self.dynamics.roll_out(start[: len(batch.times_s)], batch.times_s)
-        detail = self.keep(batch.clouds, len(batch.times_s), sweeps)
+        detail = self.detail(batch.still, batch.moving)
         prior = self.rays.prior(batch.rays)
         alone = self.rays.mixture(prior.position, prior.raw, prior.candidate)
         read = prior.first(batch.stateful)
@@ -105,12 +108,6 @@ class WorldModel(nn.Module):
         """Latents (B,T,C',H,W) of B*T clouds."""
         latents: Tensor = self.encoder(clouds)
         return latents.unflatten(0, (-1, sweeps))
-
-    def keep(self, clouds: Clouds, clips: int, sweeps: int) -> Tensor:
-        """Detail (clips,h,w,C'') of the first `clips` clips, each with all of its sweeps, which follow one another in the clouds."""
-        sizes = tuple(sum(clouds.sizes[at : at + sweeps]) for at in range(0, clips * sweeps, sweeps))
-        maps: Tensor = self.detail(Clouds(clouds.points[: sum(sizes)], sizes))
-        return maps
 
     def encode_target(self, clouds: Clouds) -> Tensor:
         """Latents (B,C',H,W) of clouds as a target: no gradient, and batch statistics are used without being counted."""
@@ -123,16 +120,16 @@ class WorldModel(nn.Module):
             for norm in norms:
                 norm.track_running_stats = True
 
-    def read(self, states: Tensor, detail: Tensor, rays: RayInput, prior: Prior, share: float = 1.0) -> Mixture:
+    def read(self, states: Tensor, detail: Kept, rays: RayInput, prior: Prior, share: float = 1.0) -> Mixture:
         """The rays with what the states (B,K+1,C,H,W) and the detail add to their prior; share: how much of it where readings are told."""
         return self.changed(prior, self.change(states, detail, rays, prior), shared(rays, share))
 
-    def change(self, states: Tensor, detail: Tensor, rays: RayInput, prior: Prior) -> Tensor:
-        """What the states add (L,7,P), see `RayHead.correction`: nothing to readings that are not there, and to ranges as much as `RayHead.say`."""
+    def change(self, states: Tensor, detail: Kept, rays: RayInput, prior: Prior) -> Tensor:
+        """What the states add (L,7,P), see `RayHead.correction`: to readings that are not there, nothing."""
         sampled, beside = self.sample(states, rays, prior.position), self.detail.read(detail, rays, prior.position)
         change = self.rays.correction(rays, sampled, beside, prior)
         absent = prior.raw[:, :1] <= -29.0
-        return torch.cat((change[:, :3].masked_fill(absent, 0.0) * self.rays.say(prior)[:, None, None], change[:, 3:]), 1)
+        return torch.cat((change[:, :3].masked_fill(absent, 0.0), change[:, 3:]), 1)
 
     def changed(self, prior: Prior, change: Tensor, share: Tensor | float = 1.0) -> Mixture:
         return self.rays.mixture(prior.position, prior.raw.detach() + change[:, :3] * share, prior.candidate, change[:, 3:])

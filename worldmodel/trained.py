@@ -16,11 +16,13 @@ from sensors.files import read_json
 from sensors.rays import History, Rays, hide_sector, history_of, in_sector, rays_of
 from sensors.records import Clip
 from worldmodel import calibration, checkpoint, forecast, rundir
-from worldmodel.batches import clouds_of, joined, past_clouds, ray_input, ray_table, state_from_ego
+from worldmodel.batches import clouds_of, joined, past_clouds, ray_input, ray_table, scene_clouds, state_from_ego
+from worldmodel.detail import Kept
 from worldmodel.encoders.contract import Clouds
 from worldmodel.forecast import EVIDENCE_ONLY, MODEL, NO_EVIDENCE, POSITIONS
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import WorldModel
+from worldmodel.scene import scene_of
 from worldmodel.validation import untold_evidence, without_evidence
 
 Array = NDArray[Any]
@@ -81,15 +83,15 @@ class Trained:
         self._check_past(clip)
         ahead = sorted({asked.horizon_s for asked in rays if asked.horizon_s > 1e-6})
         times = torch.tensor([ahead], dtype=torch.float32, device=self.device)
-        clouds = self._clouds(clip, history)
+        clouds, to_state = self._clouds(clip, history), state_from_ego(clip, self.config.encoder)
+        scene = scene_of(history, to_state, self.config.encoder)
         with self._autocast():
             latents = self.model.encode(clouds, len(clouds.sizes)).float()
             present = torch.ones(latents.shape[:2], dtype=torch.bool, device=self.device)
             states = self.model.dynamics.roll_out(self.model.fusion(latents, present), times)
-            detail = self.model.keep(clouds, 1, len(clouds.sizes))
+            detail = self.model.detail(*scene_clouds([scene], [[0.0, *ahead]], self.device))
         steps = [ahead.index(asked.horizon_s) + 1 if asked.horizon_s > 1e-6 else 0 for asked in rays]
         out: dict[str, list[Mixture]] = {arm: [] for arm in arms}
-        to_state = state_from_ego(clip, self.config.encoder)
         for asked, step in zip(rays, steps, strict=True):
             table = ray_table(history, [asked], to_state, [step])
             parts: dict[str, list[Mixture]] = {arm: [] for arm in arms}
@@ -102,7 +104,7 @@ class Trained:
                 out[arm].append(_joined(parts[arm]))
         return out
 
-    def _answers(self, states: torch.Tensor, detail: torch.Tensor, rays: RayInput, arms: Sequence[str]) -> dict[str, Mixture]:
+    def _answers(self, states: torch.Tensor, detail: Kept, rays: RayInput, arms: Sequence[str]) -> dict[str, Mixture]:
         head, answers = self.model.rays, {}
         with self._autocast():
             if MODEL in arms or EVIDENCE_ONLY in arms:

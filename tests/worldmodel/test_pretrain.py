@@ -23,6 +23,7 @@ from worldmodel import checkpoint, health, pretrain, rundir, validation
 from worldmodel import source as source_module
 from worldmodel.batches import _colours, collate, prepare, state_from_ego, visit
 from worldmodel.model import WorldModel
+from worldmodel.scene import AGE, PAST
 from worldmodel.source import ORDERS_KEPT, Source, clips_of_parts
 
 
@@ -428,11 +429,12 @@ def test_what_is_withheld_is_in_no_input(parts):
         rng = rng_of(seed)
         kind = rng_of(seed).choice(["sector", "block", "sweep"], p=[0.55, 0.3, 0.15])
         table = RayTable(dict(prepared.rays.columns) | {"hidden": np.zeros(len(prepared.rays), bool)})
-        past, _, (after,) = _withheld(rng, list(prepared.past), np.ones(len(prepared.past), bool), [table])
+        past, scene, _, (after,) = _withheld(rng, list(prepared.past), prepared.scene, np.ones(len(prepared.past), bool), [table])
         c = after.columns
         if kind == "sweep":
             assert len(past[0]) == 0 and all(np.isnan(c[name][:, 0]).all() for name in ("nearest", "seen", "along"))
             assert np.isnan(c["around"]).all()
+            assert (scene.still[:, AGE] > 0).all() and not scene.still[:, PAST].any() and not len(scene.moving)
             continue
         assert np.isnan(c["paced"]).all() and all(np.isnan(c[name][:, -1]).all() for name in ("quadrants", "interpolated", "nearest"))
         ends = (c["origin"] + c["direction"] * c["range"][:, None])[:, :2]
@@ -444,6 +446,9 @@ def test_what_is_withheld_is_in_no_input(parts):
 
             reading = (c["origin"][:, None] + c["direction"][:, None] * np.nan_to_num(c["nearest"])[:, :, None])[..., :2]
             there = ~np.isnan(c["nearest"])
+            hole = cKDTree(lost[:, :3])
+            assert (hole.query(prepared.scene.still[:, :3])[0] < 1e-4).any() and not (hole.query(scene.still[:, :3])[0] < 1e-4).any()
+            assert not len(scene.moving) or not (hole.query(scene.moving[:, :3])[0] < 1e-4).any()
             places = (c["origin"][:, None] + c["direction"][:, None] * ALONG_M[:, None])[..., :2]
             beside = cKDTree(lost[:, :2]).query(places)[0] < 0.95 * ALONG_LIMIT_M  # what is asked there would tell of what was taken out
             assert beside.any() and np.isnan(c["along"]).all(1)[beside].all()

@@ -88,21 +88,6 @@ def test_withheld_readings_leave_no_trace(head):
     assert not first.candidate.any()
 
 
-def test_the_state_has_no_say_where_the_prior_believes_a_displaced_copy(head):
-    asked = rays()
-    prior = head.prior(asked)
-    displaced = prior.shift.abs() > 0.3
-    for logit, said in ((20.0, 0.0), (-20.0, 1.0)):
-        raw = prior.raw.clone()
-        raw[:, 0] = torch.where(displaced, logit, raw[:, 0])
-        raw[:, 0] = torch.where(~displaced & (logit > 0), -20.0, raw[:, 0])
-        torch.testing.assert_close(head.say(prior._replace(raw=raw)), torch.full((len(raw),), said), atol=1e-4, rtol=0)
-    still = dataclasses.replace(
-        asked, quadrants=asked.quadrants[:, :1].expand(-1, READINGS, -1), interpolated=asked.interpolated[:, :1].expand(-1, READINGS)
-    )
-    assert head.say(head.prior(still)).eq(1).all() and head.say(head.prior(rays(told=False))).eq(1).all()
-
-
 def test_surfaces_say_where_a_ray_meets_the_heights_that_the_state_tells(head):
     """On flat ground everywhere 1.7 m below the frame, and a roof 1.2 m above it, every ray that comes near one of them at a position is told how
     far along itself it meets it, and whether it is above or below there."""

@@ -10,8 +10,6 @@ Two parts add up at every position. The *prior* part knows the ray alone: its ev
 its own it is the `evidence_only` arm that every table shows. The *latent* part reads the state z_k where the position lies, heights of
 surfaces among it, and the detail around it (`worldmodel.detail`), and corrects the prior's outputs; no gradient flows from it into the prior
 part, so that the arm stays what it is called.
-The more the prior believes a displaced copy, the less say the state has (`RayHead.say`): it knows where things stood, and what it adds there
-spoils what is known of a mover.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ RAY_CONTEXT = 16
 MOST_OFFSET = 0.08  # of a bin's centre, as the logarithm of a ratio
 SURFACES, FIRST_HEIGHT_M = 2, -1.5  # heights that the state tells at a place, and where they begin
 LEAST_SLOPE = 0.01
-MOVED_M = 0.3  # a displaced copy's reading says something of its own from here on
 
 
 def bin_centres(count: int) -> Tensor:
@@ -278,13 +275,6 @@ class RayHead(nn.Module):
         slope = torch.where(slope < 0, slope.clamp(max=-LEAST_SLOPE), slope.clamp(min=LEAST_SLOPE))
         farther = above / (slope * position[:, :, None])
         return torch.cat((torch.tanh(2 * above), torch.tanh(10 * above), torch.tanh(farther / MOST_OFFSET)), 2)
-
-    def say(self, prior: Prior) -> Tensor:
-        """(N,) 0..1: how much of the correction counts: as much as the mass that the prior does not give to readings of displaced copies that lie
-        MOVED_M or more from the newest sweep's own."""
-        log_mass = self.mixture(prior.position, prior.raw.detach(), prior.candidate).log_mass
-        mass = (log_mass - torch.logsumexp(log_mass, 1, keepdim=True)).exp()
-        return 1 - (mass * (prior.shift.abs() > MOVED_M)).sum(1)
 
     def mixture(self, position: Tensor, raw: Tensor, candidate: Tensor, appearance: Tensor | None = None) -> Mixture:
         """The distribution of sorted positions (N,P) and raw outputs (N,3,P): fp32 throughout."""

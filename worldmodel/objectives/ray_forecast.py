@@ -1,20 +1,18 @@
 """Where the returns of the present and of the next second lie: minus the log density at the true range, plus a small CRPS.
 
 A term for the rays read with the state and one for the prior alone: what the evidence says by itself is learned beside the model, on the
-same batch, and no gradient of the state's reading flows into it (`worldmodel.heads.rays`). What the state adds to evidence has a small price, and
-rays on which a displaced reading bears count more: they are few, and a state that has learned that the world stands still is wrong there."""
+same batch, and no gradient of the state's reading flows into it (`worldmodel.heads.rays`). What the state adds to evidence has a small price."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from worldmodel.heads.rays import MOVED_M, Mixture, RayInput
+from worldmodel.heads.rays import Mixture
 from worldmodel.model import Batch, Output, WorldModel
 
 CRPS_RAYS = 192
 CHANGE_PRICE = 0.02
-MOVING_WEIGHT = 5.0
 
 
 def range_loss(mixture: Mixture, ranges: Tensor, weight: Tensor, crps_weight: float) -> Tensor:
@@ -39,17 +37,11 @@ def appearance_loss(mixture: Mixture, batch: Batch) -> Tensor:
     return loss + (difference * seen).sum() / seen.sum().clamp(min=1)
 
 
-def displaced(rays: RayInput, sweeps: int) -> Tensor:
-    """(N,) bool: the nearest reading of a displaced copy lies MOVED_M or more from the newest sweep's."""
-    return ((rays.nearest[:, sweeps:] - rays.nearest[:, :1]).abs() > MOVED_M).any(1)
-
-
 def loss(model: WorldModel, batch: Batch, output: Output) -> Tensor:
     crps_weight = model.config.train.crps_weight
     open_ = (~batch.hidden).float() * batch.weight
     rays = batch.rays.take(slice(0, batch.stateful))
-    matters = open_[: batch.stateful] * (1 + (MOVING_WEIGHT - 1) * displaced(rays, model.config.model.past))
-    forecast = range_loss(output.model, batch.ranges[: batch.stateful], matters, crps_weight)
+    forecast = range_loss(output.model, batch.ranges[: batch.stateful], open_[: batch.stateful], crps_weight)
     told = (rays.told & rays.with_evidence).float()
     price = (output.change[:, :3].square().mean((1, 2)) * told).sum() / told.sum().clamp(min=1)
     prior = range_loss(output.prior, batch.ranges, batch.weight, crps_weight)
