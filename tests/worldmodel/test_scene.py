@@ -7,6 +7,7 @@ import pytest
 
 from sensors.geometry import rotation_z, transform_points
 from tests.test_motion import history
+from worldmodel.batches import _Turn, _turned, _turned_scene
 from worldmodel.config import load_config
 from worldmodel.scene import AGE, CUBE_M, PAST, Scene, scene_of
 
@@ -69,6 +70,15 @@ def test_a_turned_frame_turns_places_and_velocities(past, scene):
     turned = scene_of(past, turn @ LOWERED, ENCODER)
     expected = transform_points(turn, scene.moving_at(1.0))
     assert np.abs(expected.mean(0) - turned.moving_at(1.0).mean(0)).max() < 0.1  # other cubes keep other points
+
+
+@pytest.mark.parametrize("mirror", [1.0, -1.0])
+def test_a_scene_that_is_turned_mirrored_and_scaled_goes_on_as_it_would_have(scene, mirror):
+    turn = _Turn(0.7, mirror, 1.04)
+    turned = _turned_scene(scene, turn)
+    expected = _turned(scene.moving_at(0.8), turn)
+    assert np.abs(expected - turned.moving_at(0.8)).max() < 1e-4 and np.abs(expected - turned.moving[:, :3]).max() > 1
+    assert np.array_equal(turned.still[:, 3:], scene.still[:, 3:])
 
 
 def test_of_too_many_points_older_ones_are_left_out(past, scene, monkeypatch):
