@@ -35,6 +35,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
 PRIOR = ("rays.evidence", "rays.blind")  # the part of the model that learns at `train.lr`
 STATE_RATE = 2.0  # of that, for all others: encoder, state, and how it is read
+NORM_SHARE = 10  # running statistics of norms look back over one in so many of the steps so far, where their own momentum looks back farther
 
 
 def objectives(weights: dict[str, float]) -> dict[str, Loss]:
@@ -145,6 +146,7 @@ def train(
     rate_of = lambda name: tc.lr if name.startswith(PRIOR) else STATE_RATE * tc.lr  # noqa: E731
     optimizers = optimizers_of(model, model.deep, rate_of, tc.weight_decay)
     losses = objectives(config.objectives)
+    norms = [(m, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and m.momentum is not None]
     first, elapsed, best, random_rank = 0, 0.0, math.inf, math.nan
     fitted: dict[str, Any] = {"calibration": None, "share": None}  # by the newest validation
     if resume:
@@ -190,6 +192,8 @@ def train(
             batch = validation.to(batch, device)
             progress = max(step / tc.steps, elapsed / tc.seconds if tc.seconds else 0.0)
             _set_mode(model, progress < tc.freeze_bn_at)
+            for norm, momentum in norms:
+                norm.momentum = max(momentum, NORM_SHARE / (NORM_SHARE + step))
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * schedule(progress, tc.warmup / tc.steps)
             with autocast:

@@ -351,7 +351,7 @@ def test_two_processes_train_as_one(store, tmp_path):
 
 def test_collapse_is_seen(parts, tmp_path):
     """Drive the encoder into giving the same vector everywhere, and the alarm stops the training."""
-    config = tiny("train.steps=30", "train.validate_every=5", "train.save_every=30", "train.lr=0.0125", "train.weight_decay=0.0", "train.warmup=1")
+    config = tiny("train.steps=30", "train.validate_every=5", "train.save_every=30", "train.lr=0.03", "train.weight_decay=0.0", "train.warmup=1")
     original = pretrain.objectives
 
     def with_collapse(weights):
@@ -544,6 +544,13 @@ def test_a_part_may_have_its_clips_cut_closer(parts):
     apart = [clip.stamp_ns for clip in clips_of_parts(parts[:1], config)[0]]
     close = [clip.stamp_ns for clip in clips_of_parts([dataclasses.replace(parts[0], every_s=0.2)], config)[0]]
     assert len(close) > len(apart) and np.allclose(np.diff(close) / 1e9, 0.2, atol=0.02)
+
+
+def test_norms_know_their_statistics_when_they_stop_learning_them_early(parts, tmp_path):
+    """After two dozen steps the running variance is that of the activations, and not still mostly the one that it began with."""
+    found = checkpoint.load(train(parts, tmp_path / "run", tiny("train.steps=24", "train.freeze_bn_at=0.99", "encoder.bn_momentum=0.0001")))
+    moved = [value for name, value in found.weights.items() if name.endswith("running_var")]
+    assert moved and all((value - 1).abs().mean() > 0.2 for value in moved)
 
 
 def test_movers_lie_where_the_labels_have_moving_things(parts):
