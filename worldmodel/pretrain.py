@@ -192,8 +192,8 @@ def train(
             batch = validation.to(batch, device)
             progress = max(step / tc.steps, elapsed / tc.seconds if tc.seconds else 0.0)
             _set_mode(model, progress < tc.freeze_bn_at)
-            for norm, momentum in norms:
-                norm.momentum = max(momentum, NORM_SHARE / (NORM_SHARE + step))
+            for layer, momentum in norms:
+                layer.momentum = max(momentum, NORM_SHARE / (NORM_SHARE + step))
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * schedule(progress, tc.warmup / tc.steps)
             with autocast:
