@@ -9,7 +9,7 @@ HELP = "simulate, learn, forecast, measure, probe and export in ten minutes; end
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", default="demo", help="the folder to make (default: %(default)s)")
-    parser.add_argument("--logs", nargs="+", metavar="LOG", default=[], help="recordings of your own to train and test on as well")
+    parser.add_argument("--logs", action="extend", nargs="+", metavar="LOG", default=[], help="recordings of your own to train and test on as well")
     parser.add_argument("--config", metavar="NAME", default="demo", help="configuration to train with, a name or a YAML file (default: %(default)s)")
     parser.add_argument(
         "--streets", metavar="N", type=int, default=None, help="try it on so many simulated streets, with less of everything else too"

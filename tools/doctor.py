@@ -138,10 +138,10 @@ def _system() -> list[Finding]:
     from importlib.metadata import version
 
     python = sys.version_info[:2]
-    fits = (3, 10) <= python < (3, 13)
+    fits = (3, 11) <= python < (3, 13)
     rows = [
         Finding("system", DISTRIBUTION, "ok", version(DISTRIBUTION)),
-        Finding("system", "python", "ok" if fits else "lacking", platform.python_version(), "" if fits else "use Python 3.10, 3.11 or 3.12"),
+        Finding("system", "python", "ok" if fits else "lacking", platform.python_version(), "" if fits else "use Python 3.11 or 3.12"),
         Finding("system", "platform", "ok", platform.platform()),
     ]
     memory = _memory_gib()

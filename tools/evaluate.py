@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_folder", metavar="RUN", nargs="?", default="none", help="a run folder of `wm pretrain` (none or left out: only baselines)"
     )
-    parser.add_argument("--data", nargs="+", required=True, metavar="D", help="stores, or YAML files of parts of stores")
+    parser.add_argument("--data", action="extend", nargs="+", required=True, metavar="D", help="stores, or YAML files of parts of stores")
     parser.add_argument("--protocol", metavar="NAME", default="native", help="native: 0.2 .. 1.0 s; native3: 0.6 .. 3.0 s (default: %(default)s)")
     parser.add_argument("--methods", metavar="A,B", help="only these baselines and arms of the model, separated by commas")
     parser.add_argument("--baselines-only", action="store_true", help="leave the model out; the run still lends its scales for the baselines' NLL")

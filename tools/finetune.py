@@ -13,18 +13,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", required=True, dest="source", metavar="RUN", help="a run folder of `wm pretrain`, or an export of `wm export --to torch`"
     )
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="D", help="stores, or YAML files of parts of stores, with labelled logs to train on"
+        "--data",
+        required=True,
+        action="extend",
+        nargs="+",
+        metavar="D",
+        help="stores, or YAML files of parts of stores, with labelled logs to train on",
     )
-    parser.add_argument("--test", nargs="+", metavar="D", default=None, help="the same to test on (default: a quarter of the logs of --data)")
+    parser.add_argument(
+        "--test", action="extend", nargs="+", metavar="D", default=None, help="the same to test on (default: a quarter of the logs of --data)"
+    )
     parser.add_argument(
         "--task", metavar="NAME", default="bev_segmentation", help="what to learn: detection, or bev_segmentation (default), vehicles seen from above"
     )
     parser.add_argument(
-        "--arms", nargs="+", metavar="ARM", default=None, help="of scratch, pretrained, pretrained_frozen, random_frozen (default: all)"
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        default=None,
+        help="of scratch, pretrained, pretrained_frozen, random_frozen (default: all)",
     )
     parser.add_argument("--seeds", metavar="N", type=int, default=3, help="how many seeds (default: %(default)s)")
     parser.add_argument(
-        "--fractions", metavar="F", type=float, nargs="+", default=[1.0], help="shares of the training logs, e.g. 0.02 1.0 (default: 1.0)"
+        "--fractions",
+        metavar="F",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="shares of the training logs, e.g. 0.02 1.0 (default: 1.0)",
     )
     parser.add_argument(
         "--steps", metavar="N", type=int, default=None, help="at most so many steps an arm (default: until it stops improving, at most 3000)"

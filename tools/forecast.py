@@ -11,7 +11,9 @@ FORMATS = ("html", "gif", "ply", "npz")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="a run folder of `wm pretrain`")
     parser.add_argument("--clip", metavar="ID", help="LOG@STAMP_NS of its t = 0 (default: the first clip; --list shows all)")
-    parser.add_argument("--data", nargs="+", metavar="D", help="stores, or YAML files of parts of stores (default: those of the run)")
+    parser.add_argument(
+        "--data", action="extend", nargs="+", metavar="D", help="stores, or YAML files of parts of stores (default: those of the run)"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="the folder to make (default: RUN/forecasts/CLIP)")
     parser.add_argument("--formats", metavar="LIST", default=",".join(FORMATS), help="any of %(default)s, separated by commas")
     parser.add_argument("--hide-sector", type=float, metavar="DEG", help="withhold a sector this wide, straight ahead, and draw what is filled in")

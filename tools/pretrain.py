@@ -10,17 +10,27 @@ HELP = "learn from the clips of a store, without labels, into a run folder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", nargs="+", metavar="D", help="stores, or YAML files of parts of stores (with --resume default: those of the run)")
+    parser.add_argument(
+        "--data", action="extend", nargs="+", metavar="D", help="stores, or YAML files of parts of stores (with --resume default: those of the run)"
+    )
     parser.add_argument("--config", metavar="NAME", default="default", help="a configuration by name, or a YAML file (default: %(default)s)")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides", help="override single keys, e.g. train.steps=400 train.seconds=1200"
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override single keys, e.g. train.steps=400 train.seconds=1200",
     )
     parser.add_argument("--encoder", default=None, metavar="PKG.MOD:BUILD", help="an encoder of your own: a function that builds it")
     parser.add_argument("-o", "--output", metavar="RUN", default=None, help="the run folder to make (default: runs/NAME)")
     parser.add_argument("--resume", default=None, metavar="RUN", help="go on with a run from its newest whole checkpoint")
     parser.add_argument("--device", metavar="DEV", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop where the health alarm sounds or a checkpoint is damaged")
-    parser.add_argument("--probe", nargs="+", metavar="D", default=[], help="labelled stores: probe the frozen latent on them after the training")
+    parser.add_argument(
+        "--probe", action="extend", nargs="+", metavar="D", default=[], help="labelled stores: probe the frozen latent on them after the training"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, metavar="N", default=10, help="how many to find (default: %(default)s)")
     parser.add_argument("--approximate", action="store_true", help="search a graph instead of every frame; needs the extra `search`")
     parser.add_argument("-o", "--output", metavar="FILE", default=None, help="write a page with a picture of each")
-    parser.add_argument("--data", nargs="+", metavar="D", default=[], help="stores, or YAML files of parts of stores, to draw the sweeps from")
+    parser.add_argument(
+        "--data", action="extend", nargs="+", metavar="D", default=[], help="stores, or YAML files of parts of stores, to draw the sweeps from"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

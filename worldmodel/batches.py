@@ -365,7 +365,9 @@ def _turned(points: Array, turn: _Turn) -> Array:
 def _turned_scene(scene: Scene, turn: _Turn) -> Scene:
     moving = _turned(scene.moving, turn)
     moving[:, 3:] = moving[:, 3:] @ (turn.scale * turn.linear[:2, :2]).T.astype(np.float32)
-    return Scene(_turned(scene.still, turn), moving)
+    still = _turned(scene.still, turn)
+    still[:, PAST] *= np.float32(turn.scale)
+    return Scene(still, moving)
 
 
 def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
@@ -414,6 +416,8 @@ def _withheld(
 
     past = [points[~inside(points[:, :2], 0.0)] for points in past]
     scene = Scene(*(points[~inside(points[:, :2], 0.0)] for points in (scene.still, scene.moving)))
+    beyond = 1 + scene.still[:, PAST] / np.maximum(np.linalg.norm(scene.still[:, :3], axis=1), 1.0)  # where the newest sweep's reading lies
+    scene.still[inside(scene.still[:, :2] * beyond[:, None], BORDER_RAD), PAST] = 0
     for table in tables:
         _lose_pace(table)
         c = table.columns
@@ -425,8 +429,12 @@ def _withheld(
             c[name] = np.where(inside(place, BORDER_RAD), np.nan, c[name])
         place = o[:, :, None] + d[:, :, None] * np.nan_to_num(c["quadrants"])[..., None]
         c["quadrants"] = np.where(inside(place, BORDER_RAD), np.nan, c["quadrants"])
-        gone = np.isnan(c["nearest"][:, : c["seen"].shape[1]])
-        c["seen"] = np.where(gone[:, :, None], np.nan, c["seen"])
+        nearest = c["nearest"][:, : c["seen"].shape[1]]
+        gone = np.isnan(nearest)
+        place = (
+            o[..., None, :] + d[..., None, :] * np.nan_to_num(nearest[:, :, None] + c["seen"])[..., None]
+        )  # of one sweep's reading, asked towards another's
+        c["seen"] = np.where(gone[:, :, None] | gone[:, None, :] | inside(place, BORDER_RAD), np.nan, c["seen"])
         place = o + d * past_evidence.ALONG_M[:, None]
         c["along"] = np.where(inside(place, BORDER_RAD, past_evidence.ALONG_LIMIT_M)[:, None], np.nan, c["along"]).astype(c["along"].dtype)
         cos, sin = np.cos(past_evidence.AROUND_RAD[:, 0]), np.sin(past_evidence.AROUND_RAD[:, 0])

@@ -28,21 +28,26 @@ def widened(mixture: Mixture, factor: Tensor | float) -> Mixture:
     return mixture._replace(scale=mixture.scale * factor, log_mass=log_mass)
 
 
-def fit(mixture: Mixture, ranges: Tensor, horizon_s: Tensor, step: Tensor) -> list[list[float]]:
-    """Rows (horizon_s, factor), one an instant, of the least mean negative log density on the given rays (N,)."""
+def fit(mixture: Mixture, ranges: Tensor, horizon_s: Tensor, step: Tensor, weight: Tensor) -> list[list[float]]:
+    """Rows (horizon_s, factor), one an instant, of the least negative log density, the weighted mean over the given rays (N,)."""
     rows = []
     for k in torch.unique(step).tolist():
         these = torch.nonzero(step == k)[:, 0]
         these = these[:: max(1, len(these) // MOST_RAYS)]
         part = Mixture(mixture.centre[these], mixture.scale[these], mixture.log_mass[these], mixture.log_left[these], None, None)
-        surprise = [float(-widened(part, float(factor)).log_density(ranges[these]).mean()) for factor in FACTORS]
+        surprise = [surprise_of(widened(part, float(factor)), ranges[these], weight[these]) for factor in FACTORS]
         rows.append([float(horizon_s[these].mean()), float(FACTORS[int(np.argmin(surprise))])])
     return sorted(rows)
 
 
-def fit_share(answers: Sequence[Mixture], ranges: Tensor) -> float:
-    """The one of SHARES whose answers, one mixture of the rays (N,) for each of them, have the least mean negative log density."""
-    return float(SHARES[int(np.argmin([float(-widened(answer, 1.0).log_density(ranges).mean()) for answer in answers]))])
+def fit_share(answers: Sequence[Mixture], ranges: Tensor, weight: Tensor) -> float:
+    """The one of SHARES whose answers, one mixture of the rays (N,) for each of them, have the least negative log density, the weighted mean."""
+    return float(SHARES[int(np.argmin([surprise_of(widened(answer, 1.0), ranges, weight) for answer in answers]))])
+
+
+def surprise_of(mixture: Mixture, ranges: Tensor, weight: Tensor) -> float:
+    """Minus the log density at the ranges (N,), the mean weighted by (N,)."""
+    return float(-(mixture.log_density(ranges) * weight).sum() / weight.sum())
 
 
 def at(table: Table | None, arm: str, horizon_s: float) -> float:

@@ -53,11 +53,9 @@ def objectives(weights: dict[str, float]) -> dict[str, Loss]:
     return {name: importlib.import_module(f"worldmodel.objectives.{name}").loss for name, weight in weights.items() if weight}
 
 
-def schedule(progress: float, warm: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then half a cosine down to 1 %."""
-    if progress < warm:
-        return max(progress / max(warm, 1e-9), 1e-3)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm) / max(1 - warm, 1e-9))))
+def schedule(step: int, progress: float, warmup: int) -> float:
+    """Share of the peak learning rate: half a cosine of the progress (0 to 1) down to 1 %, times a linear rise over the first warmup steps."""
+    return min(1.0, (step + 1) / (warmup + 1)) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def fit_point_scales(parts: Sequence[Part], run: Path) -> None:
@@ -147,7 +145,7 @@ def train(
     optimizers = optimizers_of(model, model.deep, rate_of, tc.weight_decay)
     losses = objectives(config.objectives)
     norms = [(m, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) and m.momentum is not None]
-    first, elapsed, best, random_rank = 0, 0.0, math.inf, math.nan
+    first, elapsed, preparing, best, random_rank = 0, 0.0, 0.0, math.inf, math.nan
     fitted: dict[str, Any] = {"calibration": None, "share": None}  # by the newest validation
     if resume:
         newest, bad = checkpoint.latest_whole(run)
@@ -159,9 +157,11 @@ def train(
         if newest is not None:
             checkpoint.fill(model, newest, run)
             checkpoint.restore_optimizers(optimizers, model, newest.optimizer)
-            first, elapsed = newest.step, float(newest.state["elapsed_s"])
+            first, elapsed, preparing = newest.step, float(newest.state["elapsed_s"]), float(newest.state["preparing_s"])
             best, random_rank = float(newest.state["best_loss"] or math.inf), float(newest.state["random_rank"] or math.nan)
             fitted = {name: newest.state[name] for name in fitted}
+        if first >= tc.steps or (tc.seconds and elapsed >= tc.seconds):
+            return run
     journal = Journal(run, first, enabled=rank == 0)
     autocast = torch.autocast(device.type, torch.bfloat16) if tc.autocast == "bf16" else nullcontext()
     if first == 0 and held.clips:
@@ -177,25 +177,28 @@ def train(
             best = measured["loss"]
         if measured is not None:
             fitted = {name: measured[name] for name in fitted}
-        state = {"elapsed_s": elapsed, "best_loss": best if math.isfinite(best) else None, "best": is_best,
+        state = {"elapsed_s": elapsed, "preparing_s": preparing, "best_loss": best if math.isfinite(best) else None, "best": is_best,
                  "random_rank": random_rank if math.isfinite(random_rank) else None, "unreadable": source.unreadable, **fitted}  # fmt: skip
         checkpoint.save(run, step, model, optimizers, state)
 
     with _signals() as arrived, journal:
         began = time.monotonic() - elapsed
         source.fill(report and (lambda done, total, text: report(0, tc.steps, f"clips prepared: {done} of {total}")), lambda: bool(arrived))
+        # one clock for all ranks: the learning rate follows it, over the time that preparing the clips leaves
+        preparing += _agreed(time.monotonic() - began - elapsed, False, world, device)[0]
         started, waited = time.monotonic(), 0.0
         tick = time.monotonic()
         step = first
         for batch in source.stream(first, tc.steps):
             waited += time.monotonic() - tick
             batch = validation.to(batch, device)
-            progress = max(step / tc.steps, elapsed / tc.seconds if tc.seconds else 0.0)
+            timed = max(0.0, elapsed - preparing) / max(tc.seconds - preparing, 1e-9) if tc.seconds else 0.0
+            progress = max(step / tc.steps, timed)
             _set_mode(model, progress < tc.freeze_bn_at)
             for layer, momentum in norms:
                 layer.momentum = max(momentum, NORM_SHARE / (NORM_SHARE + step))
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group["peak"] * schedule(progress, tc.warmup / tc.steps)
+                group["lr"] = group["peak"] * schedule(step, progress, tc.warmup)
             with autocast:
                 output = model(batch)
                 terms = {name: term for name, loss in losses.items() if (term := loss(model, batch, output)) is not None}
@@ -213,7 +216,6 @@ def train(
                 for optimizer in optimizers:
                     optimizer.step()
             step += 1
-            # one clock for all ranks: the learning rate follows it
             elapsed, stopped = _agreed(time.monotonic() - began, bool(arrived), world, device)
             here_s = max(time.monotonic() - started, 1e-9)
             scalars = {f"train/{name}": float(term.detach()) for name, term in terms.items()}

@@ -89,7 +89,7 @@ class HeldOut:
             parts["evidence_only"].append(_first(output.prior, n))
             parts["model@no_evidence"].append(_first(blind.model, n))
             parts["model@positions"].append(_first(untold.model, n))
-            truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu()))
+            truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu(), batch.weight[:n].cpu()))
             latents.append(output.latents[:, 0].float().cpu())
             if batch.future is not None:
                 with autocast:
@@ -99,23 +99,26 @@ class HeldOut:
                 copies += float((change.square().mean(3) * busy).sum())
         if not truth:
             raise WmError("no held-out clip is readable; run `wm check` on the store")
-        ranges, horizon, step = (torch.cat(column) for column in zip(*truth, strict=True))
+        # rays where something changed are drawn more often than they are; their weights undo it
+        ranges, horizon, step, weight = (torch.cat(column) for column in zip(*truth, strict=True))
+        even = weight.numpy() / weight.sum().item()
 
         by_share = [
             [_first(model.changed(prior, change, shared(rays, share)), len(rays.origin)) for rays, prior, change in told]
             for share in calibration.SHARES.tolist()
         ]
-        share = calibration.fit_share([concatenated(answers) for answers in by_share], ranges)
+        share = calibration.fit_share([concatenated(answers) for answers in by_share], ranges, weight)
         parts["model"] = by_share[calibration.SHARES.tolist().index(share)]
         scalars: dict[str, float] = {}
         table = {}
         for arm, mixtures in parts.items():
             joined = concatenated(mixtures)
-            table[arm] = calibration.fit(joined, ranges, horizon, step)
+            table[arm] = calibration.fit(joined, ranges, horizon, step, weight)
             error = np.abs(medians(joined) - ranges.numpy())
-            scalars[f"val/nll_{arm}"] = float(-joined.log_density(ranges).mean())
-            scalars[f"val/l1_{arm}"] = float(error.mean())
-            scalars[f"val/median_{arm}"] = float(np.median(error))
+            order = np.argsort(error)
+            scalars[f"val/nll_{arm}"] = calibration.surprise_of(joined, ranges, weight)
+            scalars[f"val/l1_{arm}"] = float(error @ even)
+            scalars[f"val/median_{arm}"] = float(error[order][np.searchsorted(even[order].cumsum(), 0.5)])
         state = health.measure(torch.cat(latents), 1 - errors / copies if copies > 1e-9 else math.nan)
         scalars |= state.scalars()
         loss = 0.5 * (scalars["val/nll_model"] + scalars["val/nll_model@no_evidence"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def read_stamps(text: str) -> list[int | None]:
         stamp = None
         if match:
             try:
-                whole = datetime(*(int(part) for part in match.groups()[:6]), tzinfo=timezone.utc)  # type: ignore[misc, arg-type]
+                whole = datetime(*(int(part) for part in match.groups()[:6]), tzinfo=UTC)  # type: ignore[misc, arg-type]
                 stamp = int(whole.timestamp()) * 10**9 + int((match[7] or "0").ljust(9, "0"))
             except ValueError:
                 pass

@@ -2,7 +2,7 @@
 
 import os
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ NOON_NS = 1_317_038_400_000_000_000  # 2011-09-26 12:00 UTC
 
 @given(st.lists(st.integers(0, 4_102_444_799_999_999_999), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n"]), st.booleans())
 def test_stamps_keep_their_nine_digits(stamps, end, final):
-    start = datetime(1970, 1, 1, tzinfo=timezone.utc)
+    start = datetime(1970, 1, 1, tzinfo=UTC)
     lines = [f"{start + timedelta(seconds=s // 10**9):%Y-%m-%d %H:%M:%S}.{s % 10**9:09d}" for s in stamps]
     assert kitti.read_stamps(end.join(lines) + (end if final else "")) == stamps
 

@@ -21,9 +21,13 @@ def test_scales_that_are_too_small_are_widened():
     truth = 20 + torch.distributions.Laplace(0, 0.5).sample((count,))
     told = Mixture(torch.full((count, 1), 20.0), torch.full((count, 1), 0.25), torch.zeros(count, 1), torch.full((count,), -9.0), None, None)
     step = torch.randint(0, 2, (count,), generator=generator)
-    rows = calibration.fit(told, truth, step * 0.5, step)
+    rows = calibration.fit(told, truth, step * 0.5, step, torch.ones(count))
     assert [row[0] for row in rows] == [0.0, 0.5]
     assert all(1.6 < row[1] < 2.5 for row in rows)
+    hard = (truth - 20).abs() > 0.5
+    twice = torch.cat([torch.arange(count), torch.nonzero(hard)[:, 0]])  # the hard ones drawn twice, at half their weight
+    drawn = Mixture(*(column[twice] for column in told[:4]), None, None)
+    assert calibration.fit(drawn, truth[twice], step[twice] * 0.5, step[twice], torch.where(hard[twice], 0.5, 1.0)) == rows
     table = {"model": rows}
     assert calibration.at(table, "model", 0.25) == pytest.approx((rows[0][1] * rows[1][1]) ** 0.5)
     assert calibration.at(table, "other", 0.2) == calibration.at(None, "model", 0.2) == 1.0
@@ -47,7 +51,7 @@ def test_a_table_of_another_version_is_refused():
 def test_the_share_whose_answers_are_nearest_is_chosen(best):
     truth, one = 20 + torch.distributions.Laplace(0, 0.2).sample((900,)), torch.ones(900, 1)
     answers = [Mixture((20 + 3 * abs(share - best)) * one, 0.2 * one, 0 * one, torch.full((900,), -9.0), None, None) for share in calibration.SHARES]
-    assert calibration.fit_share(answers, truth) == best
+    assert calibration.fit_share(answers, truth, torch.ones(900)) == best
 
 
 def test_only_rays_whose_readings_are_told_are_shared(run, parts):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -457,8 +458,16 @@ def test_what_is_withheld_is_in_no_input(parts):
             beside = c["origin"][:, None, :2] + np.stack((np.cos(yaw), np.sin(yaw)), 2) * along_ground[..., None]
             left = ~np.isnan(c["around"])
             assert left.any()
-            holes = cKDTree(lost[:, :2]).query(beside[left])[0] < 0.05
-            assert not (holes & (cKDTree(np.concatenate([p[:, :2] for p in past])).query(beside[left])[0] > 0.5)).any()
+            told = c["nearest"][:, : c["seen"].shape[1], None] + c["seen"]
+            cut = np.abs(c["seen"]) >= np.nanmax(np.abs(c["seen"]))  # farther than that nobody says how far
+            known = ~np.isnan(told) & ~cut
+            assert known.any()
+            towards = (c["origin"][:, None, None] + c["direction"][:, None, None] * told[..., None])[known]
+            stays = scene.still[scene.still[:, PAST] != 0]
+            seen_past = stays[:, :3] * (1 + stays[:, PAST] / np.linalg.norm(stays[:, :3], axis=1))[:, None]
+            hole, rest = cKDTree(lost[:, :2]), cKDTree(np.concatenate([p[:, :2] for p in past]))
+            for places, near_m in ((beside[left], 0.05), (towards[:, :2], 0.3), (seen_past[:, :2], 0.05)):
+                assert not ((hole.query(places)[0] < near_m) & (rest.query(places)[0] > 0.5 + near_m)).any()
             rows = np.flatnonzero(c["hidden"])[:300]
             kept = np.concatenate([p[:, :2] for p in past])
             if len(kept):
@@ -551,6 +560,28 @@ def test_norms_know_their_statistics_when_they_stop_learning_them_early(parts, t
     found = checkpoint.load(train(parts, tmp_path / "run", tiny("train.steps=24", "train.freeze_bn_at=0.99", "encoder.bn_momentum=0.0001")))
     moved = [value for name, value in found.weights.items() if name.endswith("running_var")]
     assert moved and all((value - 1).abs().mean() > 0.2 for value in moved)
+
+
+def test_the_rate_rises_and_falls_in_the_time_that_preparing_leaves(parts, tmp_path, monkeypatch):
+    now = [0.0]
+    fill = source_module.Source.fill
+
+    def slow(self, *args):
+        now[0] += 600
+        return fill(self, *args)
+
+    def tick():
+        now[0] += 1
+        return now[0]
+
+    monkeypatch.setattr(source_module.Source, "fill", slow)
+    monkeypatch.setattr(pretrain, "time", SimpleNamespace(monotonic=tick))
+    run = train(parts, tmp_path / "run", tiny("train.steps=400", "train.seconds=700", "train.warmup=4", "train.validation=0"))
+    steps, rates = (np.asarray(column) for column in rundir.curve(run, "train/lr"))
+    assert 10 < len(steps) < 60
+    assert (np.diff(rates[:4]) > 0).all() and rates[0] < 0.3 * rates.max() and (np.diff(rates[5:]) < 0).all() and rates[-1] < 0.1 * rates.max()
+    before = digest(run)
+    assert digest(train(parts, run, tiny("train.steps=400", "train.seconds=700", "train.warmup=4", "train.validation=0"), resume=True)) == before
 
 
 def test_movers_lie_where_the_labels_have_moving_things(parts):

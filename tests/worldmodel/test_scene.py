@@ -78,7 +78,8 @@ def test_a_scene_that_is_turned_mirrored_and_scaled_goes_on_as_it_would_have(sce
     turned = _turned_scene(scene, turn)
     expected = _turned(scene.moving_at(0.8), turn)
     assert np.abs(expected - turned.moving_at(0.8)).max() < 1e-4 and np.abs(expected - turned.moving[:, :3]).max() > 1
-    assert np.array_equal(turned.still[:, 3:], scene.still[:, 3:])
+    assert np.array_equal(turned.still[:, 3:PAST], scene.still[:, 3:PAST])
+    assert np.allclose(turned.still[:, PAST], 1.04 * scene.still[:, PAST])  # it is a length
 
 
 def test_of_too_many_points_older_ones_are_left_out(past, scene, monkeypatch):
