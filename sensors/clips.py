@@ -124,7 +124,7 @@ def clips_at(log: Log, stamps_ns: Array, *, past: int = 5, rate_hz: float = 5.0,
         return []
     known, slack_ns = log.poses.stamps_ns, int(0.1e9)
     usable = (stamps >= max(from_ns or 0, known[0] - slack_ns)) & (stamps <= known[-1] + slack_ns)
-    tolerance_ns = 0.5e9 / log.lidars[lidar].rate_hz
+    tolerance_ns = TOLERANCE * 1e9 / log.lidars[lidar].rate_hz
     back = np.round(np.arange(past) * 1e9 / rate_hz).astype(np.int64)
     clips = []
     for stamp in stamps_ns:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sensors.clips import clips_of, frames_at
+from sensors.clips import clips_at, clips_of, frames_at
 from sensors.data import Part
 from sensors.errors import UsageError, WmError
 from sensors.rays import hide_sector, history_of, in_sector, rays_of
@@ -386,7 +386,9 @@ def test_a_scanner_whose_sweeps_lie_beside_the_instants_loses_no_clips():
     shaken = log.sweep_stamps_ns["top"] + rng.normal(0, 2e6, len(log.sweep_stamps_ns["top"])).astype(np.int64)
     lidar = dataclasses.replace(log.lidars["top"], rate_hz=12.5)
     real = dataclasses.replace(log, lidars={"top": lidar}, sweep_stamps_ns={"top": shaken}, poses=Trajectory(shaken, log.poses.world_from_ego))
-    assert len(clips_of(real, every_s=0.1)) > 30
+    clips = clips_of(real, every_s=0.1)
+    assert len(clips) > 30
+    assert [len(c.past) for c in clips_at(real, np.array([c.stamp_ns for c in clips]))] == [5] * len(clips)  # labelled frames lose no past either
 
 
 def test_logs_are_rows_of_their_own_and_the_total_is_over_all_of_them():

@@ -20,7 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cameras", choices=("none", "front", "six"), default="none", help="none (default), one forward, or six around")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="keep each K-th turn of the scanner's 10 per second (default: %(default)s)")
     parser.add_argument("--format", choices=("store", "nuscenes"), default="store", help="a store (default), or the files of another dataset")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="logs made at the same time (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="logs made at the same time (default: %(default)s); with --format nuscenes one after the other",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -3,6 +3,7 @@ a manifest with the sha256 of each file is written last. `latest` and `best` are
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -122,6 +123,23 @@ def load(run: Path, which: str = "best") -> Checkpoint:
         there = ", ".join(_in_order(folder)) if folder.is_dir() else "none"
         raise UsageError(f"{one_line(run)}: checkpoint {one_line(which, 40)!r} is not best, latest, or one of those kept ({there})")
     return read(folder / name)
+
+
+def mend_best(run: Path) -> float:
+    """The loss of the newest whole checkpoint that was the best when it was saved, at which `best` is pointed: a stop between the two, or damage, may
+    have left it at another. Infinity, and no `best`, where there is none."""
+    folder = run / "checkpoints"
+    for name in reversed(_in_order(folder)):
+        try:
+            check_folder(folder / name)
+            state = parse_json(read_whole(folder / name / "state.json", 1 << 26), f"{name}/state.json")
+        except WmError:
+            continue
+        if state.get("best"):
+            write_file(folder / "best", name.encode())
+            return float(state["best_loss"])
+    (folder / "best").unlink(missing_ok=True)
+    return math.inf
 
 
 def latest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:

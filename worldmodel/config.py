@@ -63,7 +63,7 @@ def _within_bounds(record: Any, path: str) -> None:
 class Encoder:
     """The pillar encoder, named and counted as OpenPCDet's PillarVFE and BaseBEVBackbone are. low, high (3) and voxel (3) in metres, in the
     LiDAR's frame, turned by input_yaw_deg first (90: x right, y forward, as nuScenes' LIDAR_TOP has it). features: what a point carries, of
-    x y z intensity dt. time_s: what dt is multiplied with. padded_slots: the hard VFE's rule, in which empty slots compete in the
+    x y z intensity dt. padded_slots: the hard VFE's rule, in which empty slots compete in the
     maximum; max_points_per_pillar and max_pillars are its caps (0: none). max_points: the newest
     sweep is thinned to so many, older ones to half (0: not)."""
 
@@ -163,8 +163,8 @@ class Train:
     """clips: per step; dense_clips: more of them, encoded for the dense objectives alone; prior_clips: more, for the prior alone. rays,
     prior_rays: read with the state and without it, per clip and instant; stored_rays: drawn once per clip and instant, of which each visit takes
     some; instants: future frames asked about per clip, beside the present. every_s: spacing of the clips' t = 0. hidden_share: of the clips get a
-    region hidden; evidence_share: of the rays with state keep their evidence, positions_share: keep where its readings lie and nothing else;
-    newest_share: of the clips show the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep.
+    region hidden; evidence_share: of the rays with state keep their evidence, positions_share: keep where its readings lie and of which sweep
+    they are; newest_share: of the clips show the encoder the newest sweep alone; sweep_drop: chance that a ray loses the evidence of one past sweep.
     pose_error_m, pose_error_deg: largest deviation of the errors that a clip's poses are given. validation: share of the clips held out, whole
     logs where there are several. cache_gb: memory for prepared clips. seconds: stop after so much wall time, which the learning rate then follows
     (0: by steps alone). autocast: auto, bf16 or off; channels_last: auto, on or off."""

@@ -14,7 +14,7 @@ from typing import Any
 from sensors.adapters.base import guess
 from sensors.clips import clips_of
 from sensors.data import Part, open_data
-from sensors.errors import UsageError, one_line
+from sensors.errors import UsageError, WmError, one_line
 from sensors.files import make_folder, write_file, write_json
 from sensors.ingest import ingest
 from sensors.records import Clip, Labels
@@ -27,7 +27,7 @@ from worldmodel.drawing.charts import line_chart, table
 from worldmodel.drawing.page import forecast_page
 from worldmodel.drawing.report import Section, picture, playing_page, write_report
 from worldmodel.drawing.sector import sector_picture
-from worldmodel.evaluate import Table, evaluate
+from worldmodel.evaluate import Table, clips_to_evaluate, evaluate
 from worldmodel.export.verify import export
 from worldmodel.forecast import EVIDENCE_ONLY, MODEL, NO_EVIDENCE
 from worldmodel.trained import Trained
@@ -78,11 +78,11 @@ def demo(output: Path, logs: Sequence[Path] = (), size: Size | None = None, repo
         guess(path)
     make_folder(output)
     stages = Stages(say)
+    real_train, real_test = real_parts(output / "recorded", logs, say) if logs else ([], [])
     simulate_into(output / "streets", range(size.train_logs), size.seconds, say)
     simulate_into(output / "other-streets", range(TEST_SEED, TEST_SEED + size.test_logs), size.seconds, say)
     train, test = open_data(output / "streets"), {"simulated streets of other seeds": open_data(output / "other-streets")}
     if logs:
-        real_train, real_test = real_parts(output / "recorded", logs)
         train += real_train
         test["recorded, not trained on"] = real_test
     stages.done("simulate and ingest")
@@ -128,16 +128,23 @@ def simulate_into(store: Path, seeds: Sequence[int], seconds: float, say: Report
         say("simulate", number + 1, len(seeds), "")
 
 
-def real_parts(store: Path, logs: Sequence[Path]) -> tuple[list[Part], list[Part]]:
-    """Recorded logs, ingested with refined poses: to train on, and to test on (the last log, or the last third of the only one)."""
-    ingest(list(logs), store, poses="refined")
-    parts = open_data(store)
-    if len(parts) > 1:
-        return parts[:-1], parts[-1:]
-    log = parts[0].log
-    stamps = log.sweep_stamps_ns[log.reference_lidar]
-    border = int(stamps[2 * len(stamps) // 3])
-    return [Part(log, None, border, 1.0)], [Part(log, border, None, 1.0)]
+def real_parts(store: Path, logs: Sequence[Path], say: Report) -> tuple[list[Part], list[Part]]:
+    """Recorded logs, ingested with refined poses: to train on, and to test on (the last log, or the last third of the only one). WmError
+    where no log can be stored, or those to test on give no clip; what else is left out is said."""
+    found = ingest(list(logs), store, poses="refined")
+    for row in found.reasons:
+        say("ingest", 0, 0, f"left out: {row.log}: {row.reason}")
+    if not found.stored:
+        raise WmError(f"no recording could be stored; the first, {found.reasons[0].log}: {found.reasons[0].reason}")
+    train, test = (parts := open_data(store))[:-1], parts[-1:]
+    if len(parts) == 1:
+        log = parts[0].log
+        stamps = log.sweep_stamps_ns[log.reference_lidar]
+        border = int(stamps[2 * len(stamps) // 3])
+        train, test = [Part(log, None, border, 1.0)], [Part(log, border, None, 1.0)]
+    if not clips_to_evaluate(test):
+        raise WmError(f"{test[0].log.id}: what of it would be tested on gives no clip; give a longer recording, or one more")
+    return train, test
 
 
 def train_on(parts: Sequence[Part], config: Config, run: Path, report: Callable[[int, int, str], None] | None) -> None:

@@ -42,6 +42,7 @@ GROUP = "driving_worldmodel.baselines"
 PAST, RATE_HZ, EVERY_S = 5, 5.0, 0.5
 HIDDEN, SECTOR_RAD = "hidden", float(np.deg2rad(60))
 DRAWS = 400
+FARTHEST_SCALE = 1.1  # times the farthest horizon that scales were fitted at
 
 
 class Forecaster(Protocol):
@@ -199,7 +200,9 @@ class _Methods:
 
     def _scale(self, name: str, horizon_s: float) -> float | None:
         rows = np.asarray(self.scales.get(name, ()), np.float64)
-        return float(np.interp(horizon_s, rows[:, 0], rows[:, 1])) if len(rows) else None
+        if not len(rows) or horizon_s > FARTHEST_SCALE * rows[-1, 0]:
+            return None  # a scale fitted nearer would be too small, and its NLL too bad
+        return float(np.interp(horizon_s, rows[:, 0], rows[:, 1]))
 
 
 def _chosen(forecaster: Forecaster | None, methods: Sequence[str] | None, scales: Mapping[str, Sequence[Sequence[float]]] | None) -> _Methods:

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-# the arms of a model: itself; what its evidence says alone; told nothing of the readings but where they lie; without any
-MODEL, EVIDENCE_ONLY, POSITIONS, NO_EVIDENCE = "model", "evidence_only", "model@positions", "model@no_evidence"
+# the arms of a model: itself, and what its evidence says alone; both told nothing of the readings but where and of which sweep they are; without any
+MODEL, EVIDENCE_ONLY = "model", "evidence_only"
+POSITIONS, EVIDENCE_POSITIONS = "model@positions", "evidence_only@positions"
+NO_EVIDENCE = "model@no_evidence"
 
 LEVELS = (0.1, 0.2, 0.5, 0.8, 0.9)
 

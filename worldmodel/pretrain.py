@@ -35,6 +35,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
 PRIOR = ("rays.evidence", "rays.blind")  # the part of the model that learns at `train.lr`
 STATE_RATE = 2.0  # of that, for all others: encoder, state, and how it is read
+MOST_POINTLESS = 20  # steps in a row without a finite gradient
 NORM_SHARE = 10  # running statistics of norms look back over one in so many of the steps so far, where their own momentum looks back farther
 
 
@@ -158,7 +159,7 @@ def train(
             checkpoint.fill(model, newest, run)
             checkpoint.restore_optimizers(optimizers, model, newest.optimizer)
             first, elapsed, preparing = newest.step, float(newest.state["elapsed_s"]), float(newest.state["preparing_s"])
-            best, random_rank = float(newest.state["best_loss"] or math.inf), float(newest.state["random_rank"] or math.nan)
+            best, random_rank = checkpoint.mend_best(run) if rank == 0 else math.inf, float(newest.state["random_rank"] or math.nan)
             fitted = {name: newest.state[name] for name in fitted}
         if first >= tc.steps or (tc.seconds and elapsed >= tc.seconds):
             return run
@@ -189,8 +190,13 @@ def train(
         started, waited = time.monotonic(), 0.0
         tick = time.monotonic()
         step = first
+        told, pointless = 0, 0
         for batch in source.stream(first, tc.steps):
             waited += time.monotonic() - tick
+            unreadable = {**held.unreadable, **source.unreadable}
+            for clip in list(unreadable)[told:] if report else ():
+                report(0, 0, f"{clip}: left out, another takes its place: {unreadable[clip]}")
+            told = len(unreadable)
             batch = validation.to(batch, device)
             timed = max(0.0, elapsed - preparing) / max(tc.seconds - preparing, 1e-9) if tc.seconds else 0.0
             progress = max(step / tc.steps, timed)
@@ -213,8 +219,16 @@ def train(
             _average_gradients(model, world)
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), tc.clip_norm, error_if_nonfinite=False))
             if math.isfinite(norm):
+                pointless = 0
                 for optimizer in optimizers:
                     optimizer.step()
+            else:
+                pointless += 1
+                line = f"step {step}: a gradient is not finite on clips {', '.join(batch.clips)}"
+                if pointless == MOST_POINTLESS:
+                    raise WmError(f"{line}, the {pointless}th step in a row; lower train.lr, and resume")
+                if report:
+                    report(0, 0, f"{line}; nothing is learned from it")
             step += 1
             elapsed, stopped = _agreed(time.monotonic() - began, bool(arrived), world, device)
             here_s = max(time.monotonic() - started, 1e-9)

@@ -76,7 +76,8 @@ def split(clips: Sequence[Clip], share: float, seed: int) -> tuple[list[int], li
             for name, indices in logs.items():
                 (held if name in out else train).extend(indices)
             continue
-        for indices in logs.values():
+        for named in logs.values():
+            indices = sorted(named, key=lambda i: clips[i].stamp_ns)  # parts of a log may be given in any order
             count = max(1, round(share * len(indices))) if share > 0 and len(indices) > 3 else 0
             kept, ending = indices[: len(indices) - count], indices[len(indices) - count :]
             held += ending

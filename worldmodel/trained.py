@@ -19,7 +19,7 @@ from worldmodel import calibration, checkpoint, forecast, rundir
 from worldmodel.batches import clouds_of, joined, past_clouds, ray_input, ray_table, scene_clouds, state_from_ego
 from worldmodel.detail import Kept
 from worldmodel.encoders.contract import Clouds
-from worldmodel.forecast import EVIDENCE_ONLY, MODEL, NO_EVIDENCE, POSITIONS
+from worldmodel.forecast import EVIDENCE_ONLY, EVIDENCE_POSITIONS, MODEL, NO_EVIDENCE, POSITIONS
 from worldmodel.heads.rays import Mixture, RayInput
 from worldmodel.model import WorldModel
 from worldmodel.scene import scene_of
@@ -32,10 +32,10 @@ OFF_RATE = 0.3  # of the spacing of the past sweeps, that it may differ from the
 
 
 class Trained:
-    """A run's model, ready to answer. `arms`: the model itself, what its evidence says alone, the model that is told nothing of the readings but
-    where they lie, and the model with all evidence withheld."""
+    """A run's model, ready to answer. `arms`: the model itself and what its evidence says alone, the same two told nothing of the readings but
+    where they lie and of which sweep they are, and the model with all evidence withheld."""
 
-    arms = (MODEL, EVIDENCE_ONLY, POSITIONS, NO_EVIDENCE)
+    arms = (MODEL, EVIDENCE_ONLY, POSITIONS, EVIDENCE_POSITIONS, NO_EVIDENCE)
 
     def __init__(self, run: Path, which: str = "best", device: str | torch.device = "cpu") -> None:
         self.run, self.device = run, torch.device(device)
@@ -107,16 +107,17 @@ class Trained:
     def _answers(self, states: torch.Tensor, detail: Kept, rays: RayInput, arms: Sequence[str]) -> dict[str, Mixture]:
         head, answers = self.model.rays, {}
         with self._autocast():
-            if MODEL in arms or EVIDENCE_ONLY in arms:
-                prior = head.prior(rays)
-                if EVIDENCE_ONLY in arms:
-                    answers[EVIDENCE_ONLY] = head.mixture(prior.position, prior.raw, prior.candidate)
-                if MODEL in arms:
-                    answers[MODEL] = self.model.read(states, detail, rays, prior, self.share)
-            for arm, less in ((POSITIONS, untold_evidence), (NO_EVIDENCE, without_evidence)):
+            for arm, alone, asked in (
+                (MODEL, EVIDENCE_ONLY, rays),
+                (POSITIONS, EVIDENCE_POSITIONS, untold_evidence(rays)),
+                (NO_EVIDENCE, None, without_evidence(rays)),
+            ):
+                if arm in arms or alone in arms:
+                    prior = head.prior(asked)
+                if alone is not None and alone in arms:
+                    answers[alone] = head.mixture(prior.position, prior.raw, prior.candidate)
                 if arm in arms:
-                    asked = less(rays)
-                    answers[arm] = self.model.read(states, detail, asked, head.prior(asked))
+                    answers[arm] = self.model.read(states, detail, asked, prior, self.share)
         return answers
 
     def mixtures(self, clip: Clip, history: History, rays: Sequence[Rays], arms: Sequence[str] = arms) -> dict[str, list[forecast.Mixture]]:

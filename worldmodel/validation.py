@@ -20,6 +20,7 @@ from worldmodel import calibration, health
 from worldmodel.batches import collate, prepare, visit
 from worldmodel.config import Config
 from worldmodel.drawing.bev import latent_image
+from worldmodel.forecast import EVIDENCE_ONLY, EVIDENCE_POSITIONS, MODEL, NO_EVIDENCE, POSITIONS
 from worldmodel.heads.rays import Mixture, Prior, RayInput
 from worldmodel.model import Batch, WorldModel, shared
 from worldmodel.objectives.future_latent import change_of, foretold, future_and_newest
@@ -48,18 +49,23 @@ class HeldOut:
             config,
             train=dataclasses.replace(config.train, rays=RAYS, prior_rays=1, instants=config.model.future),
         )
+        self.unreadable: dict[str, str] = {}
         self._batches: list[Batch] | None = None
 
     @property
     def batches(self) -> list[Batch]:
+        """Of the clips that can be read; the others are named in `unreadable`. WmError where there are clips and none can."""
         if self._batches is None:
             self._batches = []
             for position, clip in enumerate(self.clips):
                 try:
                     seen = visit(prepare(clip, self.config), self.config, 0, position, augment=False)
-                except WmError:
+                except WmError as error:
+                    self.unreadable[clip.id] = one_line(error)
                     continue
                 self._batches.append(collate([seen], self.config))
+        if self.clips and not self._batches:
+            raise WmError(f"no held-out clip is readable ({next(iter(self.unreadable.values()))}); run `wm check` on the store")
         return self._batches
 
     @torch.no_grad()
@@ -75,7 +81,7 @@ class HeldOut:
         """loss (validation ray_forecast: with evidence and without, averaged), scalars, health, the calibration table and the share."""
         model.eval()
         told: list[tuple[RayInput, Prior, Tensor]] = []
-        parts: dict[str, list[Mixture]] = {"evidence_only": [], "model@positions": [], "model@no_evidence": []}
+        parts: dict[str, list[Mixture]] = {EVIDENCE_ONLY: [], POSITIONS: [], EVIDENCE_POSITIONS: [], NO_EVIDENCE: []}
         truth, latents, errors, copies = [], [], 0.0, 0.0
         for batch in self.batches:
             batch = to(batch, device)
@@ -86,9 +92,10 @@ class HeldOut:
                 n = batch.stateful
                 rays = batch.rays.take(slice(0, n))
                 told.append((rays, model.rays.prior(rays), output.change))
-            parts["evidence_only"].append(_first(output.prior, n))
-            parts["model@no_evidence"].append(_first(blind.model, n))
-            parts["model@positions"].append(_first(untold.model, n))
+            parts[EVIDENCE_ONLY].append(_first(output.prior, n))
+            parts[POSITIONS].append(_first(untold.model, n))
+            parts[EVIDENCE_POSITIONS].append(_first(untold.prior, n))
+            parts[NO_EVIDENCE].append(_first(blind.model, n))
             truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu(), batch.weight[:n].cpu()))
             latents.append(output.latents[:, 0].float().cpu())
             if batch.future is not None:
@@ -97,8 +104,6 @@ class HeldOut:
                     expected = foretold(model, batch, output)
                 errors += float(((expected - change).square().mean(3) * busy).sum())
                 copies += float((change.square().mean(3) * busy).sum())
-        if not truth:
-            raise WmError("no held-out clip is readable; run `wm check` on the store")
         # rays where something changed are drawn more often than they are; their weights undo it
         ranges, horizon, step, weight = (torch.cat(column) for column in zip(*truth, strict=True))
         even = weight.numpy() / weight.sum().item()
@@ -108,7 +113,7 @@ class HeldOut:
             for share in calibration.SHARES.tolist()
         ]
         share = calibration.fit_share([concatenated(answers) for answers in by_share], ranges, weight)
-        parts["model"] = by_share[calibration.SHARES.tolist().index(share)]
+        parts[MODEL] = by_share[calibration.SHARES.tolist().index(share)]
         scalars: dict[str, float] = {}
         table = {}
         for arm, mixtures in parts.items():
@@ -121,7 +126,7 @@ class HeldOut:
             scalars[f"val/median_{arm}"] = float(error[order][np.searchsorted(even[order].cumsum(), 0.5)])
         state = health.measure(torch.cat(latents), 1 - errors / copies if copies > 1e-9 else math.nan)
         scalars |= state.scalars()
-        loss = 0.5 * (scalars["val/nll_model"] + scalars["val/nll_model@no_evidence"])
+        loss = 0.5 * (scalars[f"val/nll_{MODEL}"] + scalars[f"val/nll_{NO_EVIDENCE}"])
         scalars["val/ray_forecast"] = loss
         return {"loss": loss, "scalars": scalars, "health": state, "calibration": table, "share": share}
 

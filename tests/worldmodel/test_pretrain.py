@@ -612,3 +612,57 @@ def test_colour_comes_from_images_that_fit_their_camera(change, word):
     seen = ~np.isnan(colours).any(1)
     assert seen.any() == (word is None) and np.allclose(colours[seen], np.array([90, 120, 150]) / 255)
     assert {what for what in log.counts if "colour left out" in what} == ({f"front: images {word}, colour left out"} if word else set())
+
+
+def test_best_is_pointed_at_anew_where_a_stop_or_damage_came_between(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0)):
+        checkpoint.save(tmp_path, step, model, None, {"best": step < 3, "best_loss": loss})
+    pointer = tmp_path / "checkpoints" / "best"
+    pointer.write_text("step_000001")
+    assert checkpoint.mend_best(tmp_path) == 1.0 and pointer.read_text() == "step_000002"
+    (tmp_path / "checkpoints" / "step_000002" / "model.safetensors").write_bytes(b"")
+    assert checkpoint.mend_best(tmp_path) == 2.0 and pointer.read_text() == "step_000001"
+    (tmp_path / "checkpoints" / "step_000001" / "state.json").unlink()
+    assert checkpoint.mend_best(tmp_path) == np.inf and not pointer.exists() and checkpoint.load(tmp_path).step == 3
+
+
+def test_the_end_of_a_log_is_held_out_whatever_the_order_of_its_parts(parts):
+    clips, _ = clips_of_parts([dataclasses.replace(parts[0], every_s=0.1)], tiny())
+    kept, held = source_module.split(clips, 0.2, 0)
+    others = clips[len(clips) // 2 :] + clips[: len(clips) // 2]
+    kept_too, held_too = source_module.split(others, 0.2, 0)
+    assert (
+        kept
+        and held
+        and {clips[i].id for i in held} == {others[i].id for i in held_too}
+        and {clips[i].id for i in kept} == {others[i].id for i in kept_too}
+    )
+
+
+def test_clips_that_cannot_be_read_are_named(parts, tmp_path, monkeypatch):
+    clips, _ = clips_of_parts(parts, tiny())
+    kept, held = source_module.split(clips, tiny().train.validation, tiny().seed)
+    bad = {clips[kept[0]].id, clips[held[0]].id}
+
+    def prepared(clip, config):
+        if clip.id in bad:
+            raise WmError(f"{clip.id}: torn")
+        return prepare(clip, config)
+
+    for module in (source_module, validation):
+        monkeypatch.setattr(module, "prepare", prepared)
+    said = []
+    train(parts, tmp_path / "run", tiny(), report=lambda done, total, text: said.append(text))
+    assert bad == {clip for clip in bad for line in said if line.startswith(f"{clip}: left out") and line.endswith("torn")}
+    bad.update(clips[i].id for i in held)
+    with pytest.raises(WmError, match=r"no held-out clip is readable \(.*torn\)"):
+        train(parts, tmp_path / "other", tiny())
+
+
+def test_steps_that_teach_nothing_are_said_and_end_the_training(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "objectives", lambda weights: {"moving": lambda model, batch, output: (0 * output.latents).sum().sqrt()})
+    said = []
+    with pytest.raises(WmError, match=r"gradient is not finite .* 20th step in a row"):
+        train(parts, tmp_path / "run", tiny("train.steps=30", "train.validation=0"), report=lambda done, total, text: said.append(text))
+    assert sum("nothing is learned from it" in line for line in said) == 19
