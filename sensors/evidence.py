@@ -58,10 +58,6 @@ class Evidence:
     around: Array
     paced: Array
 
-    def take(self, rows: Array) -> Evidence:
-        """The evidence of some of the rays."""
-        return Evidence(*(getattr(self, name)[rows] for name in FIELDS))
-
 
 FIELDS = ("quadrants", "interpolated", "nearest", "offsets", "angle", "seen", "along", "around", "paced")
 

@@ -61,7 +61,7 @@ class Rays:
     index: Array
 
     def take(self, rows: Array) -> Rays:
-        """Some of the rays."""
+        """Some of the rays: rows (R,) bool or indices."""
         truth = (self.ranges[rows], self.intensity[rows], self.index[rows])
         return Rays(self.horizon_s, self.present_from_sensor, self.directions[rows], *truth)
 

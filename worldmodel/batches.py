@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -387,6 +387,27 @@ def _turned_rays(table: RayTable, turn: _Turn) -> RayTable:
     return RayTable(c)
 
 
+Inside = Callable[..., Array]  # (xy (...,2), margin, margin_m) -> (...) bool: within, or beyond the border by less than the margins
+
+
+def _sector(rng: np.random.Generator) -> Inside:
+    """A sector about the vehicle; margin in radians."""
+    centre, half = rng.uniform(-np.pi, np.pi), np.deg2rad(rng.uniform(15, 45))
+
+    def inside(xy: Array, margin: float = 0.0, margin_m: float = 0.0) -> Array:
+        margin = margin + margin_m / np.maximum(np.hypot(xy[..., 0], xy[..., 1]), 1.0)
+        return np.abs((np.arctan2(xy[..., 1], xy[..., 0]) - centre + np.pi) % (2 * np.pi) - np.pi) <= half + margin
+
+    return inside
+
+
+def _block(rng: np.random.Generator) -> Inside:
+    """A round piece of the ground some way off; margin in fifths of its radius."""
+    distance, bearing, radius = rng.uniform(5, 30), rng.uniform(-np.pi, np.pi), rng.uniform(2.5, 7)
+    middle = distance * np.array([np.cos(bearing), np.sin(bearing)])
+    return lambda xy, margin=0.0, margin_m=0.0: np.hypot(xy[..., 0] - middle[0], xy[..., 1] - middle[1]) <= radius * (1 + margin * 5) + margin_m
+
+
 def _withheld(
     rng: np.random.Generator, past: list[Array], scene: Scene, present: Array, tables: list[RayTable]
 ) -> tuple[list[Array], Scene, Array, list[RayTable]]:
@@ -401,49 +422,39 @@ def _withheld(
         still = scene.still[scene.still[:, AGE] > 0]
         still[:, PAST] = 0
         return past, Scene(still, scene.moving[:0]), present, tables
-    if kind == "sector":
-        centre, half = rng.uniform(-np.pi, np.pi), np.deg2rad(rng.uniform(15, 45))
-
-        def inside(xy: Array, margin: float, margin_m: float = 0.0) -> Array:
-            margin = margin + margin_m / np.maximum(np.hypot(xy[..., 0], xy[..., 1]), 1.0)
-            return np.abs((np.arctan2(xy[..., 1], xy[..., 0]) - centre + np.pi) % (2 * np.pi) - np.pi) <= half + margin
-    else:
-        distance, bearing, radius = rng.uniform(5, 30), rng.uniform(-np.pi, np.pi), rng.uniform(2.5, 7)
-        middle = distance * np.array([np.cos(bearing), np.sin(bearing)])
-
-        def inside(xy: Array, margin: float, margin_m: float = 0.0) -> Array:
-            return np.hypot(xy[..., 0] - middle[0], xy[..., 1] - middle[1]) <= radius * (1 + margin * 5) + margin_m
-
-    past = [points[~inside(points[:, :2], 0.0)] for points in past]
-    scene = Scene(*(points[~inside(points[:, :2], 0.0)] for points in (scene.still, scene.moving)))
+    inside = _sector(rng) if kind == "sector" else _block(rng)
+    past = [points[~inside(points[:, :2])] for points in past]
+    scene = Scene(*(points[~inside(points[:, :2])] for points in (scene.still, scene.moving)))
     beyond = 1 + scene.still[:, PAST] / np.maximum(np.linalg.norm(scene.still[:, :3], axis=1), 1.0)  # where the newest sweep's reading lies
     scene.still[inside(scene.still[:, :2] * beyond[:, None], BORDER_RAD), PAST] = 0
     for table in tables:
         _lose_pace(table)
-        c = table.columns
-        o, d = c["origin"][:, None, :2], c["direction"][:, None, :2]
-        end = (c["origin"] + c["direction"] * c["range"][:, None])[:, :2]
-        c["hidden"] = inside(end, 0.0)
-        for name in ("interpolated", "nearest"):
-            place = o + d * np.nan_to_num(c[name])[:, :, None]
-            c[name] = np.where(inside(place, BORDER_RAD), np.nan, c[name])
-        place = o[:, :, None] + d[:, :, None] * np.nan_to_num(c["quadrants"])[..., None]
-        c["quadrants"] = np.where(inside(place, BORDER_RAD), np.nan, c["quadrants"])
-        nearest = c["nearest"][:, : c["seen"].shape[1]]
-        gone = np.isnan(nearest)
-        place = (
-            o[..., None, :] + d[..., None, :] * np.nan_to_num(nearest[:, :, None] + c["seen"])[..., None]
-        )  # of one sweep's reading, asked towards another's
-        c["seen"] = np.where(gone[:, :, None] | gone[:, None, :] | inside(place, BORDER_RAD), np.nan, c["seen"])
-        place = o + d * past_evidence.ALONG_M[:, None]
-        c["along"] = np.where(inside(place, BORDER_RAD, past_evidence.ALONG_LIMIT_M)[:, None], np.nan, c["along"]).astype(c["along"].dtype)
-        cos, sin = np.cos(past_evidence.AROUND_RAD[:, 0]), np.sin(past_evidence.AROUND_RAD[:, 0])
-        beside = np.stack((d[..., 0] * cos - d[..., 1] * sin, d[..., 0] * sin + d[..., 1] * cos), 2)
-        place = o + beside * np.nan_to_num(c["around"]).astype(np.float32)[..., None]
-        c["around"] = np.where(inside(place, BORDER_RAD), np.nan, c["around"]).astype(c["around"].dtype)
-        c["offsets"] = np.where(np.isnan(c["quadrants"])[..., None], np.nan, c["offsets"]).astype(c["offsets"].dtype)
-        c["angle"] = np.where(np.isnan(c["nearest"]), np.nan, c["angle"])
+        _erase(table, inside)
     return past, scene, present, tables
+
+
+def _erase(table: RayTable, inside: Inside) -> None:
+    """Mark rays that end inside as hidden, and take what lies there, and what tells of it, from the evidence of all."""
+    c = table.columns
+    o, d = c["origin"][:, None, :2], c["direction"][:, None, :2]
+    c["hidden"] = inside((c["origin"] + c["direction"] * c["range"][:, None])[:, :2])
+    for name in ("interpolated", "nearest"):
+        place = o + d * np.nan_to_num(c[name])[:, :, None]
+        c[name] = np.where(inside(place, BORDER_RAD), np.nan, c[name])
+    place = o[:, :, None] + d[:, :, None] * np.nan_to_num(c["quadrants"])[..., None]
+    c["quadrants"] = np.where(inside(place, BORDER_RAD), np.nan, c["quadrants"])
+    nearest = c["nearest"][:, : c["seen"].shape[1]]
+    gone = np.isnan(nearest)
+    place = o[:, :, None] + d[:, :, None] * np.nan_to_num(nearest[:, :, None] + c["seen"])[..., None]  # of one sweep's reading towards another's
+    c["seen"] = np.where(gone[:, :, None] | gone[:, None, :] | inside(place, BORDER_RAD), np.nan, c["seen"])
+    place = o + d * past_evidence.ALONG_M[:, None]
+    c["along"] = np.where(inside(place, BORDER_RAD, past_evidence.ALONG_LIMIT_M)[:, None], np.nan, c["along"]).astype(c["along"].dtype)
+    cos, sin = np.cos(past_evidence.AROUND_RAD[:, 0]), np.sin(past_evidence.AROUND_RAD[:, 0])
+    beside = np.stack((d[..., 0] * cos - d[..., 1] * sin, d[..., 0] * sin + d[..., 1] * cos), 2)
+    place = o + beside * np.nan_to_num(c["around"]).astype(np.float32)[..., None]
+    c["around"] = np.where(inside(place, BORDER_RAD), np.nan, c["around"]).astype(c["around"].dtype)
+    c["offsets"] = np.where(np.isnan(c["quadrants"])[..., None], np.nan, c["offsets"]).astype(c["offsets"].dtype)
+    c["angle"] = np.where(np.isnan(c["nearest"]), np.nan, c["angle"])
 
 
 def _forget(table: RayTable, rows: Array, sweep: int) -> None:

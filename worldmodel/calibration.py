@@ -34,7 +34,7 @@ def fit(mixture: Mixture, ranges: Tensor, horizon_s: Tensor, step: Tensor, weigh
     for k in torch.unique(step).tolist():
         these = torch.nonzero(step == k)[:, 0]
         these = these[:: max(1, len(these) // MOST_RAYS)]
-        part = Mixture(mixture.centre[these], mixture.scale[these], mixture.log_mass[these], mixture.log_left[these], None, None)
+        part = mixture.take(these)
         surprise = [surprise_of(widened(part, float(factor)), ranges[these], weight[these]) for factor in FACTORS]
         rows.append([float(horizon_s[these].mean()), float(FACTORS[int(np.argmin(surprise))])])
     return sorted(rows)

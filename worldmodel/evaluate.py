@@ -169,11 +169,6 @@ def points_of(rays: Rays, ranges: Array) -> Array:
     return local @ rays.present_from_sensor[:3, :3].T + rays.present_from_sensor[:3, 3]
 
 
-def take_rays(rays: Rays, rows: Array) -> Rays:
-    """Some of the rays: rows (R,) bool or indices."""
-    return Rays(rays.horizon_s, rays.present_from_sensor, rays.directions[rows], rays.ranges[rows], rays.intensity[rows], rays.index[rows])
-
-
 @dataclass(frozen=True, eq=False)
 class _Methods:
     """Who answers: baselines by name, arms of the forecaster, and the Laplace scales of point methods, rows (horizon_s, scale_m) by name."""
@@ -347,7 +342,7 @@ def evaluate(
         results = {"": _scores(chosen, clip, history, rays, masks)}
         if present is not None:
             sector = sector_of(clip, seed)
-            inside = [take_rays(asked, in_sector(points_of(asked, asked.ranges), *sector)) for asked in (present, *rays)]
+            inside = [asked.take(in_sector(points_of(asked, asked.ranges), *sector)) for asked in (present, *rays)]
             whole = [np.ones((1, len(asked.ranges)), bool) for asked in inside]
             results[HIDDEN] = _scores(chosen, clip, hide_sector(history, *sector), inside, whole)
         for name, (sums, counts) in results.items():

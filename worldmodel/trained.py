@@ -101,7 +101,7 @@ class Trained:
                 for arm, mixture in self._answers(states, detail, whole, arms).items():
                     parts[arm].append(calibration.widened(mixture, calibration.at(self.calibration, arm, asked.horizon_s)))
             for arm in arms:
-                out[arm].append(_joined(parts[arm]))
+                out[arm].append(Mixture.joined(parts[arm]))
         return out
 
     def _answers(self, states: torch.Tensor, detail: Kept, rays: RayInput, arms: Sequence[str]) -> dict[str, Mixture]:
@@ -170,12 +170,5 @@ def _numpy(value: torch.Tensor | None) -> Array | None:
     return None if value is None else value.float().cpu().numpy()
 
 
-def _joined(parts: Sequence[Mixture]) -> Mixture:
-    names = ("centre", "scale", "log_mass", "log_left", "intensity", "colour")
-    columns = [[getattr(p, name) for p in parts] for name in names]
-    return Mixture(*(None if column[0] is None else torch.cat(column).float().cpu() for column in columns))  # type: ignore[arg-type]
-
-
 def _plain(mixture: Mixture) -> forecast.Mixture:
-    p = (mixture.log_mass - torch.logsumexp(mixture.log_mass, 1, keepdim=True)).exp()
-    return forecast.Mixture(p.numpy(), mixture.centre.numpy(), mixture.scale.numpy())
+    return forecast.Mixture(mixture.masses().numpy(), mixture.centre.numpy(), mixture.scale.numpy())

@@ -29,14 +29,9 @@ MOST_CLIPS = 24
 RAYS = 160
 
 
-def concatenated(parts: Sequence[Mixture]) -> Mixture:
-    return Mixture(*(torch.cat([getattr(p, name) for p in parts]) for name in ("centre", "scale", "log_mass", "log_left")), None, None)  # type: ignore[arg-type]
-
-
 def medians(mixture: Mixture) -> NDArray[Any]:
     """(N,) f64: the median of each ray's distribution."""
-    p = (mixture.log_mass - torch.logsumexp(mixture.log_mass, 1, keepdim=True)).exp()
-    return np.asarray(quantiles(p.cpu().numpy(), mixture.centre.cpu().numpy(), mixture.scale.cpu().numpy(), np.array([0.5]))[:, 0])
+    return np.asarray(quantiles(mixture.masses().cpu().numpy(), mixture.centre.cpu().numpy(), mixture.scale.cpu().numpy(), np.array([0.5]))[:, 0])
 
 
 class HeldOut:
@@ -92,10 +87,10 @@ class HeldOut:
                 n = batch.stateful
                 rays = batch.rays.take(slice(0, n))
                 told.append((rays, model.rays.prior(rays), output.change))
-            parts[EVIDENCE_ONLY].append(_first(output.prior, n))
-            parts[POSITIONS].append(_first(untold.model, n))
-            parts[EVIDENCE_POSITIONS].append(_first(untold.prior, n))
-            parts[NO_EVIDENCE].append(_first(blind.model, n))
+            parts[EVIDENCE_ONLY].append(output.prior.take(slice(n)))
+            parts[POSITIONS].append(untold.model.take(slice(n)))
+            parts[EVIDENCE_POSITIONS].append(untold.prior.take(slice(n)))
+            parts[NO_EVIDENCE].append(blind.model.take(slice(n)))
             truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu(), batch.weight[:n].cpu()))
             latents.append(output.latents[:, 0].float().cpu())
             if batch.future is not None:
@@ -108,16 +103,13 @@ class HeldOut:
         ranges, horizon, step, weight = (torch.cat(column) for column in zip(*truth, strict=True))
         even = weight.numpy() / weight.sum().item()
 
-        by_share = [
-            [_first(model.changed(prior, change, shared(rays, share)), len(rays.origin)) for rays, prior, change in told]
-            for share in calibration.SHARES.tolist()
-        ]
-        share = calibration.fit_share([concatenated(answers) for answers in by_share], ranges, weight)
+        by_share = [[model.changed(prior, change, shared(rays, share)) for rays, prior, change in told] for share in calibration.SHARES.tolist()]
+        share = calibration.fit_share([Mixture.joined(answers) for answers in by_share], ranges, weight)
         parts[MODEL] = by_share[calibration.SHARES.tolist().index(share)]
         scalars: dict[str, float] = {}
         table = {}
         for arm, mixtures in parts.items():
-            joined = concatenated(mixtures)
+            joined = Mixture.joined(mixtures)
             table[arm] = calibration.fit(joined, ranges, horizon, step, weight)
             error = np.abs(medians(joined) - ranges.numpy())
             order = np.argsort(error)
@@ -143,8 +135,7 @@ class HeldOut:
         rows = torch.nonzero(last)[:, 0]
         origin, direction = batch.rays.origin[rows].cpu().numpy(), batch.rays.direction[rows].cpu().numpy()
         mixture = output.model
-        few = Mixture(mixture.centre[rows], mixture.scale[rows], mixture.log_mass[rows], mixture.log_left[rows], None, None)
-        forecast = medians(few)[:, None].astype(np.float32)
+        forecast = medians(mixture.take(rows))[:, None].astype(np.float32)
         return {
             "bev/latent": latent_image(output.latents[0, 0].float().cpu().numpy()),
             "clouds/truth": origin + direction * batch.ranges[rows].cpu().numpy()[:, None],
@@ -158,10 +149,6 @@ def without_evidence(rays: RayInput) -> RayInput:
 
 def untold_evidence(rays: RayInput) -> RayInput:
     return dataclasses.replace(rays, told=torch.zeros_like(rays.told))
-
-
-def _first(mixture: Mixture, count: int) -> Mixture:
-    return Mixture(*(getattr(mixture, name)[:count].float().cpu() for name in ("centre", "scale", "log_mass", "log_left")), None, None)  # type: ignore[arg-type]
 
 
 def device_of(name: str) -> torch.device:

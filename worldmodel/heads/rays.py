@@ -14,6 +14,7 @@ part, so that the arm stays what it is called.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,6 +89,19 @@ class Mixture(NamedTuple):
     intensity: Tensor | None
     colour: Tensor | None
 
+    @staticmethod
+    def joined(parts: Sequence[Mixture]) -> Mixture:
+        """The rays of all parts, in fp32 on the CPU."""
+        return Mixture(*(None if column[0] is None else torch.cat(column).float().cpu() for column in zip(*parts, strict=True)))
+
+    def take(self, rows: Tensor | slice) -> Mixture:
+        """Some of the rays."""
+        return Mixture(*(None if column is None else column[rows] for column in self))
+
+    def masses(self) -> Tensor:
+        """(N,P): the mass of each position given that there is a return, so that they sum to 1."""
+        return (self.log_mass - torch.logsumexp(self.log_mass, 1, keepdim=True)).exp()
+
     def log_density(self, ranges: Tensor) -> Tensor:
         """log of the (unconditional) density at ranges (N,), fp32."""
         laplace = -(ranges[:, None] - self.centre).abs() / self.scale - torch.log(2 * self.scale)
@@ -95,7 +109,7 @@ class Mixture(NamedTuple):
 
     def crps(self, ranges: Tensor) -> Tensor:
         """CRPS (N,) in metres at ranges (N,), given that there is a return; closed form, see `sensors.kernels.mixture.crps`."""
-        p = (self.log_mass - torch.logsumexp(self.log_mass, 1, keepdim=True)).exp()
+        p = self.masses()
         d = (self.centre - ranges[:, None]).abs()
         to_truth = (p * (d + self.scale * torch.exp(-d / self.scale))).sum(1)
         gap = (self.centre[:, :, None] - self.centre[:, None, :]).abs()

@@ -21,7 +21,7 @@ def range_loss(mixture: Mixture, ranges: Tensor, weight: Tensor, crps_weight: fl
     loss = -(mixture.log_density(ranges) * weight).sum() / total
     if crps_weight > 0:
         rows = torch.arange(0, len(ranges), max(1, len(ranges) // CRPS_RAYS), device=ranges.device)
-        few = Mixture(mixture.centre[rows], mixture.scale[rows], mixture.log_mass[rows], mixture.log_left[rows], None, None)
+        few = mixture.take(rows)
         loss = loss + crps_weight * (few.crps(ranges[rows]) * weight[rows]).sum() / weight[rows].sum().clamp(min=1e-6)
     return loss
 
