@@ -163,10 +163,10 @@ def train(
             fitted = {name: newest.state[name] for name in fitted}
         if first >= tc.steps or (tc.seconds and elapsed >= tc.seconds):
             return run
-    journal = Journal(run, first, enabled=rank == 0)
     autocast = torch.autocast(device.type, torch.bfloat16) if tc.autocast == "bf16" else nullcontext()
     if first == 0 and held.clips:
         random_rank = held.rank_of(model, autocast, device)
+    journal = Journal(run, first, enabled=rank == 0)
 
     def save(step: int, measured: dict[str, Any] | None) -> None:
         _average_buffers(model, world)
