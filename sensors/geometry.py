@@ -28,6 +28,11 @@ def transform_points(target_from_source: Array, points: Array) -> Array:
     return (points.astype(np.float64) @ target_from_source[:3, :3].T + target_from_source[:3, 3]).astype(points.dtype)
 
 
+def yaw_of(target_from_source: Array) -> float:
+    """The angle about z in radians by which a transform (4,4) turns the x axis; undoes `rotation_z`."""
+    return float(np.arctan2(target_from_source[1, 0], target_from_source[0, 0]))
+
+
 def rotation_z(yaw_rad: float) -> Array:
     """4x4 rotation about z, counter-clockwise seen from above."""
     c, s = np.cos(yaw_rad), np.sin(yaw_rad)

@@ -1,10 +1,10 @@
-"""Camera models: what is projected, and what lies outside however the polynomial folds."""
+"""Camera models: what is projected, and what lies outside however the polynomial folds; turns about z."""
 
 import cv2
 import numpy as np
 import pytest
 
-from sensors.geometry import project
+from sensors.geometry import project, rotation_z, yaw_of
 from sensors.records import Camera, RecordError
 
 K = np.array([[960.0, 0, 696], [0, 957, 256], [0, 0, 1]])
@@ -50,3 +50,8 @@ def test_distortion_that_the_model_does_not_have_is_refused(model, count):
     with pytest.raises(RecordError, match=r"camera front.*distortion"):
         camera(model, np.full(count, 0.01))
     camera(model, np.zeros(count))
+
+
+@pytest.mark.parametrize("yaw_rad", [-3.0, -0.4, 0.0, 2.2])
+def test_the_yaw_of_a_turn_is_the_angle_that_it_was_made_of(yaw_rad):
+    assert yaw_of(rotation_z(yaw_rad)) == pytest.approx(yaw_rad) and yaw_of(rotation_z(yaw_rad) @ rotation_z(0.1)) == pytest.approx(yaw_rad + 0.1)

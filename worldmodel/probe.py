@@ -21,7 +21,7 @@ from sensors.geometry import transform_points
 from sensors.rays import History, history_of, rays_of
 from sensors.records import Clip, Labels
 from worldmodel.batches import clouds_of, past_clouds, rng_of, state_from_ego
-from worldmodel.downstream.bev_segmentation import covered, is_vehicle
+from worldmodel.downstream.bev_segmentation import covered, footprints, is_vehicle
 from worldmodel.encoders.contract import build_encoder
 from worldmodel.finetune import set_statistics
 from worldmodel.labelled import grid_of, labelled_stamps
@@ -69,18 +69,12 @@ def raw_features(points: Array, low: Sequence[float], cell_m: float, shape: tupl
 def _targets(clip: Clip, labels: Labels, history: History, trained: Trained, shape: tuple[int, int]) -> dict[str, Array]:
     encoder, cell = trained.config.encoder, trained.model.cell_m
     to_state = state_from_ego(clip, encoder)
-    turn = float(np.arctan2(to_state[1, 0], to_state[0, 0]))
-    rows: dict[str, list[tuple[float, ...]]] = {"vehicle": [], "moving": []}
-    for box in labels.boxes:
-        if box.stamp_ns != clip.stamp_ns:
-            continue
-        x, y, _ = transform_points(to_state, box.centre[None])[0]
-        row = (float(x), float(y), float(box.size[0]), float(box.size[1]), box.yaw_rad + turn)
-        if is_vehicle(box.category):
-            rows["vehicle"].append(row)
-        if box.velocity is not None and np.hypot(*box.velocity) > MOVING_MPS:
-            rows["moving"].append(row)
-    out = {name: covered(np.array(r).reshape(-1, 5), grid_of(encoder, cell)) for name, r in rows.items()}
+    here = [box for box in labels.boxes if box.stamp_ns == clip.stamp_ns]
+    asked = {
+        "vehicle": [box for box in here if is_vehicle(box.category)],
+        "moving": [box for box in here if box.velocity is not None and np.hypot(*box.velocity) > MOVING_MPS],
+    }
+    out = {name: covered(footprints(boxes, to_state), grid_of(encoder, cell)) for name, boxes in asked.items()}
     clouds = [transform_points(to_state, p) for p in history.points]
     for frame in clip.future:
         rays = rays_of(clip, frame, None)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sensors.alignment.deskew import deskew
 from sensors.errors import WmError, one_line
 from sensors.evidence import view_from
-from sensors.geometry import in_box_frame, inverse, points_in, pose_at, transform_points
+from sensors.geometry import in_box_frame, inverse, points_in, pose_at, transform_points, yaw_of
 from sensors.rays import History, Rays
 from sensors.records import Box, Clip, Frame, Labels, Log, RecordError
 
@@ -113,7 +113,7 @@ class Movers:
 
 def _moved(box: Box, target_from_box: Array) -> Box:
     """The box in another frame that is turned about z."""
-    turn = float(np.arctan2(target_from_box[1, 0], target_from_box[0, 0]))
+    turn = yaw_of(target_from_box)
     velocity = None if box.velocity is None else target_from_box[:2, :2] @ box.velocity
     return dataclasses.replace(box, centre=(target_from_box @ np.append(box.centre, 1))[:3], yaw_rad=box.yaw_rad + turn, velocity=velocity)
 

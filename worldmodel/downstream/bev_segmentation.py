@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sensors.geometry import transform_points
+from sensors.geometry import transform_points, yaw_of
 from sensors.rays import history_of
-from sensors.records import Clip, Labels
+from sensors.records import Box, Clip, Labels
 from worldmodel.batches import state_from_ego
 from worldmodel.config import Config
 from worldmodel.labelled import Grid, cloud_of, in_view, turned_angle, turned_xy
@@ -50,14 +50,15 @@ def is_vehicle(category: str) -> bool:
 def example_of(clip: Clip, labels: Labels, config: Config) -> Example:
     """The past of a clip as the encoder sees it, with the vehicles at t = 0."""
     to_state = state_from_ego(clip, config.encoder)
-    turn = float(np.arctan2(to_state[1, 0], to_state[0, 0]))
-    rows = []
-    for box in labels.boxes:
-        if box.stamp_ns == clip.stamp_ns and is_vehicle(box.category):
-            x, y, _ = transform_points(to_state, box.centre[None])[0]
-            rows.append((x, y, box.size[0], box.size[1], box.yaw_rad + turn))
-    cloud = cloud_of(clip, history_of(clip), config)
-    return Example(clip.log.id, cloud, np.array(rows).reshape(-1, 5), turn, labels.complete_fov_rad)
+    vehicles = footprints([box for box in labels.boxes if box.stamp_ns == clip.stamp_ns and is_vehicle(box.category)], to_state)
+    return Example(clip.log.id, cloud_of(clip, history_of(clip), config), vehicles, yaw_of(to_state), labels.complete_fov_rad)
+
+
+def footprints(boxes: Sequence[Box], state_from_ego: Array) -> Array:
+    """(n,5) f64 of boxes in the ego frame: centre x y, length, width and yaw in the state frame."""
+    centres = transform_points(state_from_ego, np.array([box.centre for box in boxes]).reshape(-1, 3))
+    rest = np.array([(*box.size[:2], box.yaw_rad + yaw_of(state_from_ego)) for box in boxes]).reshape(-1, 3)
+    return np.concatenate((centres[:, :2], rest), 1)
 
 
 def turned(example: Example, yaw_rad: float, mirror: bool) -> Example:

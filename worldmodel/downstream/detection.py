@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sensors.formats.detections import CLASSES, Detection, class_of
-from sensors.geometry import inverse, points_in, transform_points
+from sensors.geometry import inverse, points_in, transform_points, yaw_of
 from sensors.rays import history_of
 from sensors.records import Box, Clip, Labels
 from worldmodel.batches import state_from_ego
@@ -62,7 +62,7 @@ class Example:
 def example_of(clip: Clip, labels: Labels | None, config: Config) -> Example:
     """The past of a clip as the encoder sees it, with the boxes at t = 0; without labels it has none."""
     to_state = state_from_ego(clip, config.encoder)
-    turn = float(np.arctan2(to_state[1, 0], to_state[0, 0]))
+    turn = yaw_of(to_state)
     history = history_of(clip)
     rows, classes = [], []
     for box in labels.boxes if labels is not None else ():
@@ -194,7 +194,7 @@ def score(examples: Sequence[Example], found: Sequence[Array], grid: Grid) -> fl
 
 def detections(example: Example, rows: Array) -> list[Detection]:
     """An answer as records, in the ego frame."""
-    turn = float(np.arctan2(example.ego_from_state[1, 0], example.ego_from_state[0, 0]))
+    turn = yaw_of(example.ego_from_state)
     centres = transform_points(example.ego_from_state, rows[:, 2:5])
     velocities = turned_xy(rows[:, 9:11], turn, False)
     return [

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from sensors.geometry import yaw_of
 from worldmodel.drawing import colours
 from worldmodel.drawing.render import Viewpoint, polyline, render
 from worldmodel.forecast import Forecast, RayForecast
@@ -70,7 +71,7 @@ def stage(viewpoint: Viewpoint, ground_z: float, ego: Array | None, width: int, 
             draw.line(part, fill=GRID, width=scale)
     if ego is None:
         return picture.resize((width, height), Image.Resampling.BOX)
-    heading = float(np.arctan2(ego[1, 0], ego[0, 0]))
+    heading = yaw_of(ego)
     c, s = np.cos(heading), np.sin(heading)
     outline = EGO_OUTLINE @ np.array([[c, s], [-s, c]]) + ego[:2, 3]
     for part in polyline(np.column_stack([outline, np.full(len(outline), ground_z + 0.1)]), viewpoint, width * scale, height * scale):
