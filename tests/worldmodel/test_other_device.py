@@ -13,6 +13,8 @@ from worldmodel import finetune, pretrain, rundir
 from worldmodel.evaluate import clips_to_evaluate
 from worldmodel.trained import Trained
 
+GENTLY = ["train.lr=0.001"]  # rounding differs, and large steps make it large: of a gradient that is all but nothing Muon makes a whole step
+
 
 def test_the_device_refuses_what_a_gpu_refuses():
     with Elsewhere():
@@ -32,11 +34,11 @@ def runs(parts, tmp_path_factory):
     found = {}
     for device in (torch.device("cpu"), ELSEWHERE):
         run = tmp_path_factory.mktemp(device.type) / "run"
-        config = tiny("train.steps=6", "train.validate_every=3")
+        config = tiny("train.steps=6", "train.validate_every=3", *GENTLY)
         rundir.create(run, config, parts)
         with Elsewhere():
             pretrain.train(parts, config, run, device=device)
-            pretrain.train(parts, tiny("train.steps=8", "train.validate_every=3"), run, device=device, resume=True)
+            pretrain.train(parts, tiny("train.steps=8", "train.validate_every=3", *GENTLY), run, device=device, resume=True)
         found[device.type] = run
     return found
 
@@ -48,7 +50,7 @@ def test_training_and_resuming_are_those_of_the_cpu(runs):
         assert here.keys() == there.keys()
         drawn = {"health/rank", "health/cosine"} & here.keys()  # from cells drawn by how many are busy: one more, and all others are drawn
         named = {k for k in here if k.startswith(("train/", "val/", "health/"))} - {"train/clips_per_s", "health/sigreg"}
-        for keys, rel in ((sorted(named - drawn), 0.02), (sorted(drawn), 0.1)):
+        for keys, rel in ((sorted(named - drawn), 0.005), (sorted(drawn), 0.1)):
             assert [there[k] for k in keys] == pytest.approx([here[k] for k in keys], rel=rel, abs=2e-3)
 
 
