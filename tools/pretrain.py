@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     if world > 1:
         torch.distributed.barrier()
         config = rundir.read_config(folder)
-    report = reporter("step") if rank == 0 else None
+    say = reporter("step" if rank == 0 else f"process {rank}")
+    report = say if rank == 0 else lambda done, total, text: say(done, total, text) if not total else None
     if rank == 0:
         with lock(folder / ".lock", f"run {folder}"):
             try:

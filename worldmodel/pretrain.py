@@ -121,7 +121,7 @@ def train(
     """Train in the run folder (which holds config.yaml) from step 0, or from its newest whole checkpoint with resume; gives the folder.
 
     Raises Interrupted after saving on SIGINT and SIGTERM, and WmError where the loss stops being finite, or, with strict, where the
-    health alarm sounds."""
+    health alarm sounds. report(done, total, text): progress, and with a total of 0 remarks; all ranks remark on what they alone see."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tc = config.train
     keep_freed_memory()
@@ -131,7 +131,7 @@ def train(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a seventh of a step
     clips, weights = clips_of_parts(parts, config)
     silent = without_clips(parts, clips)
-    if report and silent:
+    if report and silent and rank == 0:
         why = "too short, too few sweeps a second, gaps, or no poses at least every 0.5 s"
         report(0, 0, f"{len(silent)} logs give no clip ({why}): {one_line(', '.join(silent))}")
     train_rows, held_rows = split(clips, tc.validation, config.seed)
@@ -153,12 +153,12 @@ def train(
         for line in bad:
             if strict:
                 raise WmError(line)
-            if report:
+            if report and rank == 0:
                 report(0, 0, f"skipped a checkpoint: {line}")
         if newest is not None:
             checkpoint.fill(model, newest, run)
             checkpoint.restore_optimizers(optimizers, model, newest.optimizer)
-            first, elapsed, preparing = newest.step, float(newest.state["elapsed_s"]), float(newest.state["preparing_s"])
+            first, elapsed, preparing = newest.step, float(newest.state["elapsed_s"]), float(newest.state.get("preparing_s", 0.0))
             best, random_rank = checkpoint.mend_best(run) if rank == 0 else math.inf, float(newest.state["random_rank"] or math.nan)
             fitted = {name: newest.state[name] for name in fitted}
         if first >= tc.steps or (tc.seconds and elapsed >= tc.seconds):
@@ -190,13 +190,14 @@ def train(
         started, waited = time.monotonic(), 0.0
         tick = time.monotonic()
         step = first
-        told, pointless = 0, 0
+        told: set[str] = set()
+        pointless = 0
         for batch in source.stream(first, tc.steps):
             waited += time.monotonic() - tick
-            unreadable = {**held.unreadable, **source.unreadable}
-            for clip in list(unreadable)[told:] if report else ():
-                report(0, 0, f"{clip}: left out, another takes its place: {unreadable[clip]}")
-            told = len(unreadable)
+            for clip, why in {**held.unreadable, **source.unreadable}.items() if report else ():
+                if clip not in told:
+                    told.add(clip)
+                    report(0, 0, f"{clip}: left out: {why}")
             batch = validation.to(batch, device)
             timed = max(0.0, elapsed - preparing) / max(tc.seconds - preparing, 1e-9) if tc.seconds else 0.0
             progress = max(step / tc.steps, timed)
@@ -252,7 +253,7 @@ def train(
                         journal.write(step, elapsed, scalars)
                         save(step, measured)
                         raise WmError(f"step {step}: {line}")
-                    if report:
+                    if report and rank == 0:
                         report(0, 0, f"ALARM at step {step}: {line}")
             journal.write(step, elapsed, scalars)
             if over or stopped or step % tc.save_every == 0 or measured is not None:
