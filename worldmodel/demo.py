@@ -90,7 +90,7 @@ def demo(output: Path, logs: Sequence[Path] = (), size: Size | None = None, repo
     train_on(train, config, run, lambda done, total, text: say("train", done, total, text))
     stages.done("train")
     trained = Trained(run)
-    tables = {name: evaluate(parts, trained, rays_per_sweep=size.rays, max_clips=size.clips) for name, parts in test.items()}
+    tables = {name: evaluate(parts, trained, methods=SHOWN, rays_per_sweep=size.rays, max_clips=size.clips) for name, parts in test.items()}
     stages.done("evaluate")
     probes = probe.probe(trained, test["simulated streets of other seeds"], most_clips=24)
     stages.done("probe")
