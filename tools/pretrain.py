@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
                 raise
             pretrain.fit_point_scales(parts, folder)
     else:
-        pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict)
+        pretrain.train(parts, config, folder, device=device, resume=bool(args.resume), strict=args.strict, report=report)
     if world > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

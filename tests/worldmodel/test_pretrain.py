@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -309,7 +310,8 @@ LEAVES_NO_THREAD = """
 import atexit, os, sys
 from pathlib import Path
 import numpy as np
-from worldmodel import pretrain
+from sensors.errors import WmError
+from worldmodel import pretrain, source
 from worldmodel.tools.cli import main
 
 # the clock of the second process is ahead of the first one's, and what each has learned in the end is kept
@@ -326,6 +328,17 @@ class Kept(pretrain.WorldModel):
 
 pretrain._average_gradients, pretrain.WorldModel = averaged, Kept
 pretrain.time = type("Clock", (), {"monotonic": staticmethod(lambda: seconds[0])})
+
+# the second process can read one of its clips and no other
+readable, prepare = [], source.prepare
+
+def torn(clip, config):
+    readable.append(clip.id)
+    if rank == 1 and clip.id != readable[0]:
+        raise WmError(f"{clip.id}: torn")
+    return prepare(clip, config)
+
+source.prepare = torn
 
 def leave():
     left = [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
@@ -347,6 +360,7 @@ def test_two_processes_train_as_one(store, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert checkpoint.load(run, "latest").step == 3
+    assert re.search(r"^process 1: (\S+): left out: \1: torn$", done.stderr, re.M) and "step: " in done.stderr and "process 1: 1/3" not in done.stderr
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     one, other = (np.load(tmp_path / f"rank{rank}.npz") for rank in range(2))
     assert len(one.files) > 40 and all(np.array_equal(one[name], other[name]) for name in one.files)  # the rate follows one clock
