@@ -220,6 +220,7 @@ def kernel_cases(first: Any, second: Any) -> Iterator[Case]:
     yield from _occupancy_cases(first)
     yield from _image_cases(first)
     yield _loss_case()
+    yield _crps_case()
     yield _detail_case(first)
     yield _aggregate_case(first, second)
 
@@ -496,6 +497,37 @@ def _loss_case() -> Case:
         return f"equal to {off:.0e}"
 
     return Case(f"hazard loss and gradient, {positions} bins", "torch, weighted BCE", lambda: hazard_loss(logits, bins), by_entropy, same)
+
+
+def _crps_case() -> Case:
+    import numpy as np
+    import torch
+
+    from sensors.kernels.ray_loss import crps_loss
+    from worldmodel.heads.rays import Mixture
+
+    rng = np.random.Generator(np.random.Philox(9))
+    rays, positions = 2048, 69
+    log_mass, scale = rng.normal(0, 3, (rays, positions)), 10 ** rng.uniform(-2, 0.5, (rays, positions))
+    columns = [a.astype(np.float32) for a in (log_mass, rng.uniform(2, 56, (rays, positions)), scale)]
+    truth = rng.uniform(2, 56, rays).astype(np.float32)
+    tensors = [torch.from_numpy(column).requires_grad_() for column in columns]
+
+    def by_pairs() -> Any:
+        for tensor in tensors:
+            tensor.grad = None
+        mass, centre, scale = tensors
+        loss = Mixture(centre, scale, mass, mass[:, 0], None, None).crps_anywhere(torch.from_numpy(truth))
+        loss.sum().backward()
+        return loss.detach(), *(tensor.grad for tensor in tensors)
+
+    def same(ours: Any, theirs: Any) -> str:
+        off = max(float(np.abs(a - b.numpy()).max()) for a, b in zip(ours, theirs))
+        if off > 2e-3:
+            raise Different(f"off by {off:.1e}")
+        return f"equal to {off:.0e}"
+
+    return Case(f"CRPS and gradient, {positions} positions", "torch, all pairs", lambda: crps_loss(*columns, truth), by_pairs, same)
 
 
 def _detail_case(points: Any) -> Case:

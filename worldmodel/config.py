@@ -150,8 +150,9 @@ class Model:
 
     def __post_init__(self) -> None:
         _within_bounds(self, "model.")
-        if self.channels % 4:
-            raise UsageError(f"model.channels: {self.channels}; give a multiple of 4, its norm has that many groups")
+        for name in ("channels", "dynamics_width"):
+            if getattr(self, name) % 4:
+                raise UsageError(f"model.{name}: {getattr(self, name)}; give a multiple of 4, its norm has that many groups")
         if (oldest := max(self.latent_sweeps)) >= self.past:
             raise UsageError(f"model.latent_sweeps: {oldest}, where model.past is {self.past}; give numbers below that, 0 is the newest sweep")
         if self.latent_sweeps[0] != 0 or list(self.latent_sweeps) != sorted(set(self.latent_sweeps)):

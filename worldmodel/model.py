@@ -74,7 +74,7 @@ class Output:
 
 
 class WorldModel(nn.Module):
-    deep = ("encoder.", "fusion.", "dynamics.", "rays.evidence.")  # layers that `worldmodel.optimizer` takes as matrices
+    deep = ("encoder.", "fusion.", "dynamics.enter.", "dynamics.middle.", "rays.evidence.")  # layers that `worldmodel.optimizer` takes as matrices
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class WorldModel(nn.Module):
         self.occupancy = nn.Conv2d(model.channels, OCCUPANCY_SLICES, 1)
         self.moving = nn.Sequential(nn.Conv2d(latent, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, 1, 1))
         nn.init.constant_(self.moving[2].bias, RARE)  # type: ignore[arg-type]
-        self.future_latent = nn.Sequential(nn.Conv2d(model.channels, model.channels, 1), nn.ReLU(), nn.Conv2d(model.channels, latent, 1))
+        self.future_latent = nn.Sequential(nn.Conv2d(model.channels, model.channels, 1), nn.SiLU(), nn.Conv2d(model.channels, latent, 1))
 
     def forward(self, batch: Batch) -> Output:
         sweeps = batch.present.shape[1]

@@ -77,7 +77,7 @@ class HeldOut:
         model.eval()
         told: list[tuple[RayInput, Prior, Tensor]] = []
         parts: dict[str, list[Mixture]] = {EVIDENCE_ONLY: [], POSITIONS: [], EVIDENCE_POSITIONS: [], NO_EVIDENCE: []}
-        truth, latents, errors, copies = [], [], 0.0, 0.0
+        truth, latents, rolled, errors, copies = [], [], [], 0.0, 0.0
         for batch in self.batches:
             batch = to(batch, device)
             with autocast:
@@ -93,6 +93,8 @@ class HeldOut:
             parts[NO_EVIDENCE].append(blind.model.take(slice(n)))
             truth.append((batch.ranges[:n].cpu(), batch.rays.horizon_s[:n].cpu(), batch.rays.step[:n].cpu(), batch.weight[:n].cpu()))
             latents.append(output.latents[:, 0].float().cpu())
+            start = output.states[:, 0].float()
+            rolled += [health.rolled(start, model.dynamics.roll_out(start, batch.times_s)[:, -1])] if batch.times_s.numel() else []
             if batch.future is not None:
                 with autocast:
                     change, busy = change_of(model.encoder(future_and_newest(batch)).float())
@@ -116,7 +118,8 @@ class HeldOut:
             scalars[f"val/nll_{arm}"] = calibration.surprise_of(joined, ranges, weight)
             scalars[f"val/l1_{arm}"] = float(error @ even)
             scalars[f"val/median_{arm}"] = float(error[order][np.searchsorted(even[order].cumsum(), 0.5)])
-        state = health.measure(torch.cat(latents), 1 - errors / copies if copies > 1e-9 else math.nan)
+        skill = 1 - errors / copies if copies > 1e-9 else math.nan
+        state = health.measure(torch.cat(latents), skill, float(np.mean(rolled)) if rolled else math.nan)
         scalars |= state.scalars()
         loss = 0.5 * (scalars[f"val/nll_{MODEL}"] + scalars[f"val/nll_{NO_EVIDENCE}"])
         scalars["val/ray_forecast"] = loss

@@ -1,9 +1,16 @@
-"""Negative log likelihood of hazards along rays, and its gradient, in one pass.
+"""Losses along rays and their gradients, each in one pass.
 
-A ray asks S positions in order of range; the hazard h_s = sigmoid(x_s) is the chance of stopping at s having come so far. It returned at k:
-loss = sum_(s<k) softplus(x_s) + softplus(-x_k), or came past all of them (k = S): sum_s softplus(x_s). The gradient is sigmoid(x_s) before k,
+*Hazards.* A ray asks S positions in order of range; the hazard h_s = sigmoid(x_s) is the chance of stopping at s having come so far. It returned
+at k: loss = sum_(s<k) softplus(x_s) + softplus(-x_k), or came past all of them (k = S): sum_s softplus(x_s). The gradient is sigmoid(x_s) before k,
 sigmoid(x_k) - 1 at k, and zero beyond, where nothing is read. The live logits of many rays are laid end to end with the sign of bin k
 turned, so that one long vector loop does for all: rows of their own are too short for it.
+
+*CRPS* of a mixture of Laplace distributions with masses p_i (normalised), centres m_i and scales s_i, at the truth y:
+
+    sum_i p_i (d_i + s_i exp(-d_i / s_i)) - 1/2 sum_ij p_i p_j (g + (3 s + g) exp(-g / s) / 2),     d_i = |m_i - y|, g = |m_i - m_j|,
+
+with s = (s_i + s_j) / 2: exact where the two scales are equal, and smooth where they nearly are (`sensors.kernels.mixture.crps` is exact for all).
+Of a ray's many positions few have mass, and pairs are asked of those alone.
 """
 
 from __future__ import annotations
@@ -24,6 +31,8 @@ LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, the first exact in a few bits
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 LN2 = np.float32(0.6931471805599453)
+FAR = np.float32(40)  # scales apart from which exp(-u) is nothing: as a denormal number it would cost a hundred times as much
+NEGLIGIBLE = 1e-6  # share of the largest mass below which a component is left out of a CRPS
 
 
 @intrinsic
@@ -118,3 +127,67 @@ def hazard_loss(logits: Array, bins: Array) -> tuple[Array, Array]:
     loss, gradient = np.empty(len(logits), np.float32), np.empty(logits.shape, np.float32)
     _hazard_loss(np.ascontiguousarray(logits), np.ascontiguousarray(bins, np.int64), loss, gradient)
     return loss, gradient
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+def _away(a, padded, p, m, s):
+    """Of component a and all others: sum_b p_b pair_ab, and its derivatives by m_a and, halved, by the mean of both scales."""
+    pairs, farther, wider = float32(0), float32(0), float32(0)
+    half, one, three_halves = float32(0.5), float32(1), float32(1.5)
+    for b in range(padded):
+        gap, mean = m[a] - m[b], half * (s[a] + s[b])
+        apart = abs(gap) / mean
+        u = min(apart, FAR)
+        e = _exp_of_negative(-u)
+        rise = one - e - half * u * e
+        pairs += p[b] * mean * (apart + half * (float32(3) + u) * e)
+        farther += p[b] * (rise if gap > 0 else -rise)
+        wider += p[b] * half * e * (three_halves + u * (three_halves + half * u))
+    return pairs, farther, wider
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _crps_loss(log_mass, centre, scale, truth, loss, of_mass, of_centre, of_scale):
+    width = log_mass.shape[1]
+    kept, by_mass = np.empty(width, np.int64), np.empty(width)
+    p, m, s = np.empty(width + LANES, np.float32), np.empty(width + LANES, np.float32), np.empty(width + LANES, np.float32)
+    for i in range(len(truth)):
+        largest, total, count = log_mass[i].max(), 0.0, 0
+        for k in range(width):
+            share = np.exp(log_mass[i, k] - largest)
+            if not share < NEGLIGIBLE:
+                kept[count], p[count], m[count], s[count] = k, share, centre[i, k], scale[i, k]
+                total += share
+                count += 1
+        padded = (count + LANES - 1) // LANES * LANES
+        p[:count] /= float32(total)
+        p[count:padded], m[count:padded], s[count:padded] = 0, 0, 1
+        of_mass[i], of_centre[i], of_scale[i] = 0, 0, 0
+        value = mean = 0.0
+        for a in range(count):
+            pairs, farther, wider = _away(a, padded, p, m, s)
+            d = m[a] - truth[i]
+            u = abs(d) / s[a]
+            e = np.exp(-u)
+            near = s[a] * (u + e)
+            value += p[a] * (near - 0.5 * pairs)
+            by_mass[a] = near - pairs
+            mean += p[a] * by_mass[a]
+            of_centre[i, kept[a]] = p[a] * (np.sign(d) * (1 - e) - farther)
+            of_scale[i, kept[a]] = p[a] * (e * (1 + u) - wider)
+        for a in range(count):
+            of_mass[i, kept[a]] = p[a] * (by_mass[a] - mean)
+        loss[i] = value
+
+
+def crps_loss(log_mass: Array, centre: Array, scale: Array, truth: Array) -> tuple[Array, Array, Array, Array]:
+    """CRPS (R,) f32 in the units of truth (R,) f32 of mixtures with log_mass (up to a constant), centre and scale (R,P) f32, and its gradients (R,P)
+    f32 with respect to these three. NaN where the truth or a component that counts is. ValueError for other types or shapes."""
+    columns = (log_mass, centre, scale)
+    if any(c.dtype != np.float32 or c.ndim != 2 or c.shape != log_mass.shape or not c.shape[1] for c in columns):
+        raise ValueError(f"crps_loss: log_mass, centre, scale are {', '.join(f'{c.dtype} {c.shape}' for c in columns)}; give float32 (R, P)")
+    if truth.dtype != np.float32 or truth.shape != log_mass.shape[:1]:
+        raise ValueError(f"crps_loss: truth is {truth.dtype} {truth.shape}; give float32 ({len(log_mass)},)")
+    loss, gradients = np.empty(len(truth), np.float32), [np.empty(log_mass.shape, np.float32) for _ in columns]
+    _crps_loss(*map(np.ascontiguousarray, columns), np.ascontiguousarray(truth), loss, *gradients)
+    return loss, *gradients

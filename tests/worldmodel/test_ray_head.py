@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sensors.evidence import ALONG_M, AROUND_RAD, DISPLACED, MOVED
-from worldmodel.heads.rays import MOST_OFFSET, RayHead, RayInput
+from worldmodel.heads.rays import MOST_OFFSET, Mixture, RayHead, RayInput
 from worldmodel.planes import plane_ranges
 
 SWEEPS = 3
@@ -110,3 +110,17 @@ def test_surfaces_say_where_a_ray_meets_the_heights_that_the_state_tells(head):
         torch.testing.assert_close((position * (1 + share))[clear], meets[:, k, None].expand_as(position)[clear], rtol=1e-3, atol=1e-3)
         checked += int(clear.sum())
     assert checked > 100
+
+
+def test_crps_of_the_kernel_is_that_of_all_pairs_and_so_is_what_is_learned_from_it(head):
+    ranges, weight = 5 + 20 * torch.rand(40), torch.rand(40)
+    learned = []
+    for crps in (Mixture.crps, Mixture.crps_anywhere):
+        head.zero_grad()
+        prior = head.prior(rays(40))
+        value = crps(head.mixture(prior.position, prior.raw, prior.candidate), ranges)
+        (value * weight).sum().backward()
+        learned.append([value.detach()] + [p.grad for p in head.parameters() if p.grad is not None])
+    assert len(learned[0]) > 4
+    for one, other in zip(*learned, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

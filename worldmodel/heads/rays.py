@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sensors.evidence import ALONG_EVERY, ALONG_M, AROUND_RAD, DISPLACED
+from sensors.kernels.ray_loss import crps_loss
 from worldmodel.planes import plane_ranges
 
 FIRST_BIN_M, LAST_BIN_M = 2.0, 56.4
@@ -108,15 +109,33 @@ class Mixture(NamedTuple):
         return torch.logsumexp(self.log_mass + laplace, 1)
 
     def crps(self, ranges: Tensor) -> Tensor:
-        """CRPS (N,) in metres at ranges (N,), given that there is a return; closed form, see `sensors.kernels.mixture.crps`."""
+        """CRPS (N,) in metres at ranges (N,), given that there is a return; the formula is that of `sensors.kernels.ray_loss`."""
+        if ranges.device.type != "cpu":
+            return self.crps_anywhere(ranges)
+        found: Tensor = _Crps.apply(self.log_mass, self.centre, self.scale, ranges)
+        return found
+
+    def crps_anywhere(self, ranges: Tensor) -> Tensor:
+        """What `crps` gives, by torch and of all pairs of positions."""
         p = self.masses()
         d = (self.centre - ranges[:, None]).abs()
         to_truth = (p * (d + self.scale * torch.exp(-d / self.scale))).sum(1)
         gap = (self.centre[:, :, None] - self.centre[:, None, :]).abs()
-        # with the two scales replaced by their mean the pair term keeps its closed form for equal scales and stays smooth
         s = 0.5 * (self.scale[:, :, None] + self.scale[:, None, :])
         pair = gap + 0.5 * (3 * s + gap) * torch.exp(-gap / s)
         return to_truth - 0.5 * (p[:, :, None] * p[:, None, :] * pair).sum((1, 2))
+
+
+class _Crps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_mass: Tensor, centre: Tensor, scale: Tensor, ranges: Tensor) -> Tensor:
+        value, *gradients = crps_loss(*(column.detach().float().numpy() for column in (log_mass, centre, scale, ranges)))
+        ctx.gradients = [torch.from_numpy(gradient) for gradient in gradients]
+        return torch.from_numpy(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return *(grads[0][:, None] * gradient for gradient in ctx.gradients), None
 
 
 class Prior(NamedTuple):

@@ -11,12 +11,13 @@ from torch import Tensor
 from worldmodel.heads.rays import Mixture
 from worldmodel.model import Batch, Output, WorldModel
 
-CRPS_RAYS = 192
+CRPS_RAYS = 4096
 CHANGE_PRICE = 0.02
 
 
 def range_loss(mixture: Mixture, ranges: Tensor, weight: Tensor, crps_weight: float) -> Tensor:
-    """Weighted mean over rays of -log density at ranges (N,) + crps_weight * CRPS, the latter over the first CRPS_RAYS spread over the batch."""
+    """Weighted mean over rays of -log density at ranges (N,) + crps_weight * CRPS; the latter of some CRPS_RAYS spread over larger batches, since
+    other devices than the CPU hold all pairs of a ray's positions."""
     total = weight.sum().clamp(min=1e-6)
     loss = -(mixture.log_density(ranges) * weight).sum() / total
     if crps_weight > 0:
