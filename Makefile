@@ -22,8 +22,9 @@ $(VENV)/.stamp: setup.cfg constraints.txt pyproject.toml
 demo: install
 	$(BIN)/wm demo -o demo
 
+# a file's tests stay together, since they share what its fixtures trained
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-fast: install
 	$(BIN)/python -m pytest -q -x -m "not slow"
