@@ -188,6 +188,7 @@ def crps_loss(log_mass: Array, centre: Array, scale: Array, truth: Array) -> tup
         raise ValueError(f"crps_loss: log_mass, centre, scale are {', '.join(f'{c.dtype} {c.shape}' for c in columns)}; give float32 (R, P)")
     if truth.dtype != np.float32 or truth.shape != log_mass.shape[:1]:
         raise ValueError(f"crps_loss: truth is {truth.dtype} {truth.shape}; give float32 ({len(log_mass)},)")
-    loss, gradients = np.empty(len(truth), np.float32), [np.empty(log_mass.shape, np.float32) for _ in columns]
-    _crps_loss(*map(np.ascontiguousarray, columns), np.ascontiguousarray(truth), loss, *gradients)
-    return loss, *gradients
+    loss = np.empty(len(truth), np.float32)
+    of_mass, of_centre, of_scale = (np.empty(log_mass.shape, np.float32) for _ in columns)
+    _crps_loss(*map(np.ascontiguousarray, columns), np.ascontiguousarray(truth), loss, of_mass, of_centre, of_scale)
+    return loss, of_mass, of_centre, of_scale
