@@ -74,7 +74,7 @@ class Output:
 
 
 class WorldModel(nn.Module):
-    deep = ("encoder.", "fusion.", "dynamics.enter.", "dynamics.middle.", "rays.evidence.")  # layers that `worldmodel.optimizer` takes as matrices
+    deep = ("encoder.", "fusion.", "rays.evidence.")  # layers that `worldmodel.optimizer` takes as matrices
 
     def __init__(self, config: Config) -> None:
         super().__init__()
