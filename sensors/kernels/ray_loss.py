@@ -10,7 +10,7 @@ turned, so that one long vector loop does for all: rows of their own are too sho
     sum_i p_i (d_i + s_i exp(-d_i / s_i)) - 1/2 sum_ij p_i p_j (g + (3 s + g) exp(-g / s) / 2),     d_i = |m_i - y|, g = |m_i - m_j|,
 
 with s = (s_i + s_j) / 2: exact where the two scales are equal, and smooth where they nearly are (`sensors.kernels.mixture.crps` is exact for all).
-Of a ray's many positions few have mass, and pairs are asked of those alone.
+Positions with next to no mass are left out. Each asks all others in one vector loop, and the gradient comes from the same pass.
 """
 
 from __future__ import annotations
