@@ -451,17 +451,6 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
     assert "nobody" in (errors := capsys.readouterr().err) and "no such run folder" in errors
 
 
-def test_a_terminal_narrower_than_a_table_leaves_nothing_out(monkeypatch, capsys):
-    from worldmodel.tools.terminal import print_table
-
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "80")
-    columns, row = [f"column {i}" for i in range(12)], [f"0.123 / 0.456 / {i}" for i in range(12)]
-    print_table("title", columns, [row])
-    printed = capsys.readouterr().out
-    assert all(cell in printed for cell in [*columns, *row]) and len(printed.splitlines()) == 4
-
-
 LOGS = os.environ.get("WM_TEST_LOGS")
 DRIVE = Path(LOGS or "") / "2011_09_26" / "2011_09_26_drive_0001_sync"
 

@@ -18,19 +18,23 @@ def reporter(what: str) -> Report:
     remark, printed at once and on a line of its own."""
     start = time.monotonic()
     state = {"last": 0.0, "width": 0}
+    since: tuple[float, int] | None = None  # when and at what count the work began: a resumed command finds some done, and preparing takes time
     live = sys.stderr.isatty()
 
     def report(done: int, total: int, text: str = "") -> None:
+        nonlocal since
         now = time.monotonic()
         if text and not total:
             print(("\r" if live else "") + f"{what}: {text}".ljust(state["width"]), file=sys.stderr, flush=True)
             return
+        if since is None or done <= since[1]:
+            since = (now, done)
         if done < total and now - state["last"] < (0.2 if live else 10.0):
             return
         state["last"] = now
-        elapsed = max(now - start, 1e-9)
-        left = f"{(total - done) * elapsed / done:.0f} s left" if done else "starting"
-        line = f"{what}: {done}/{total}, {done / elapsed:.2f}/s, {left}" if done < total else f"{what}: {done} in {elapsed:.1f} s"
+        rate = (done - since[1]) / max(now - since[0], 1e-9)
+        pace = f"{rate:.2f}/s, {(total - done) / rate:.0f} s left" if rate else "starting"
+        line = f"{what}: {done}/{total}, {pace}" if done < total else f"{what}: {done} in {now - start:.1f} s"
         line = f"{line}  {text}" if text else line
         if live:
             print("\r" + line.ljust(state["width"])[:200], end="\n" if done >= total else "", file=sys.stderr, flush=True)

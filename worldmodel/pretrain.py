@@ -239,8 +239,10 @@ def train(
                         "sys/memory_gib": memory_gib()}  # fmt: skip
             over = step >= tc.steps or bool(tc.seconds and elapsed >= tc.seconds)
             if report:
-                report(step, tc.steps, "  ".join(f"{n.split('/')[1]} {scalars[n]:.3f}" for n in scalars if n.startswith("train/") and n[6:] in terms)
-                       + f"  wait {scalars['data/wait_share']:.0%}  {scalars['sys/memory_gib']:.1f} GiB")  # fmt: skip
+                in_time = step + math.ceil(max(0.0, tc.seconds - elapsed) * (step - first) / here_s) if tc.seconds else tc.steps
+                said = "  ".join(f"{name} {scalars[f'train/{name}']:.3f}" for name in terms)
+                said += f"  wait {scalars['data/wait_share']:.0%}  {scalars['sys/memory_gib']:.1f} GiB"
+                report(step, step if over else max(step + 1, min(tc.steps, in_time)), said)
             measured = None
             if held.clips and (over or step % tc.validate_every == 0) and not stopped:
                 _average_buffers(model, world)

@@ -593,9 +593,13 @@ def test_the_rate_rises_and_falls_in_the_time_that_preparing_leaves(parts, tmp_p
 
     monkeypatch.setattr(source_module.Source, "fill", slow)
     monkeypatch.setattr(pretrain, "time", SimpleNamespace(monotonic=tick))
-    run = train(parts, tmp_path / "run", tiny("train.steps=400", "train.seconds=700", "train.warmup=4", "train.validation=0"))
+    said = []
+    report = lambda done, total, text: said.append((done, total)) if done else None  # noqa: E731
+    run = train(parts, tmp_path / "run", tiny("train.steps=400", "train.seconds=700", "train.warmup=4", "train.validation=0"), report=report)
     steps, rates = (np.asarray(column) for column in rundir.curve(run, "train/lr"))
     assert 10 < len(steps) < 60
+    assert [done for done, _ in said] == list(steps) and said[-1][1] == len(steps)  # how many steps fit is told, not how many were allowed
+    assert all(abs(total - len(steps)) < 4 for _, total in said[3:])
     assert (np.diff(rates[:4]) > 0).all() and rates[0] < 0.3 * rates.max() and (np.diff(rates[5:]) < 0).all() and rates[-1] < 0.1 * rates.max()
     before = digest(run)
     assert digest(train(parts, run, tiny("train.steps=400", "train.seconds=700", "train.warmup=4", "train.validation=0"), resume=True)) == before
