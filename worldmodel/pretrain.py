@@ -34,7 +34,7 @@ Loss = Callable[[WorldModel, Batch, Any], Tensor | None]  # None: this batch ask
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 SCALE_CLIPS, SCALE_RAYS = 12, 2048
 PRIOR = ("rays.evidence", "rays.blind")  # the part of the model that learns at `train.lr`
-STATE_RATE = 2.0  # of that, for all others: encoder, state, and how it is read
+STATE_RATE = 4.0  # of that, for all others: encoder, state, and how it is read
 MOST_POINTLESS = 20  # steps in a row without a finite gradient
 NORM_SHARE = 10  # running statistics of norms look back over one in so many of the steps so far, where their own momentum looks back farther
 
